@@ -22,7 +22,7 @@ from pathlib import Path
 import common
 from common import setting
 from llama import Llama, generate
-from model import AUDIO, END, START, SYSTEM_PROMPT, build_prompt, compute_dtype, description_slot
+from model import AUDIO, END, START, build_prompt, compute_dtype, description_slot, opening
 from tokenizer import Tokenizer
 from whisper import Whisper, load_audio
 
@@ -35,7 +35,7 @@ class Settings:
     audio_root: str = setting("data/demo", "folder that the ids (paths) in the metadata start from")
     out: str = setting("data/demo/train.jsonl", "training rows to write")
     instructions: str = setting("demo/instructions", "folder with speech.txt, sound.txt, music.txt: one instruction a line")
-    system: str = setting(SYSTEM_PROMPT, "system prompt of every row")
+    system: str = setting("demo/context.json", "system prompt of every row, or a .json file of messages: system prompt and worked examples")
     per_clip: int = setting(1, "instructions drawn for each clip")
     temperature: float = setting(0.05, "the paper's: nearly greedy")
     top_p: float = setting(1.0, "the paper's")
@@ -72,7 +72,7 @@ def read_instructions(folder):
     return pools
 
 
-def make_block(indices, metadata, pools, settings, llm, tokenizer, whisper, progress=False):
+def make_block(indices, metadata, pools, context, settings, llm, tokenizer, whisper, progress=False):
     """The training rows of metadata[indices]; a clip that cannot be used gives {"id", "skipped": reason} instead."""
     rows, waveforms = [], []
     for i in indices:
@@ -102,8 +102,7 @@ def make_block(indices, metadata, pools, settings, llm, tokenizer, whisper, prog
         for k, instruction in enumerate(draw.sample(pool, min(settings.per_clip, len(pool)))):
             audio = {"audio": clip["id"], "text": transcript}
             content = f"{START}{AUDIO}{END}\n\n{instruction}"
-            messages = [{"role": "system", "content": settings.system}] if settings.system else []
-            messages += [{"role": "user", "content": content, "audios": [audio]}]
+            messages = [*context, {"role": "user", "content": content, "audios": [audio]}]
             finished.append({
                 "id": clip["id"],
                 "dataset": clip.get("dataset", ""),
@@ -157,7 +156,7 @@ def main():
     start = time.time()
     rank, world, device = common.start_processes()
     metadata = common.JsonLines(settings.metadata)
-    pools = read_instructions(settings.instructions)
+    pools, context = read_instructions(settings.instructions), opening(settings.system)
     n_clips = len(metadata) if settings.limit < 0 else min(settings.limit, len(metadata))
     folder = Path(f"{settings.out}.parts")
     if Path(settings.out).exists() and not folder.exists():
@@ -168,8 +167,8 @@ def main():
     tokenizer = Tokenizer(settings.llm)
     llm = Llama.from_pretrained(settings.llm, dtype, device)
     whisper = Whisper.from_pretrained(settings.whisper, dtype, device)
-    make = lambda indices: make_block(indices, metadata, pools, settings, llm, tokenizer, whisper, progress=rank == 0)
-    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "metadata_bytes": int(metadata.ends[-1])}
+    make = lambda indices: make_block(indices, metadata, pools, context, settings, llm, tokenizer, whisper, progress=rank == 0)
+    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "context": context, "metadata_bytes": int(metadata.ends[-1])}
     parts = common.work_in_blocks(n_clips, settings.block, folder, stamp, rank, world, make)
     if rank == 0:
         counts = merge(parts, settings, common.run_description(settings) | {"weights_sha256": common.file_hash(settings.llm)})

@@ -29,7 +29,6 @@ from whisper import Whisper, load_audio, log_mel, tap_layers
 AUDIO, START, END = "<|AUDIO|>", "<start_audio>", "<end_audio>"
 AUDIO_ID = -1  # stands for one audio vector in a list of token ids; never reaches the embedding table
 MAX_TRANSCRIPT = 100  # tokens
-SYSTEM_PROMPT = "You hear an audio clip. The attributes of the clip are given in parentheses. Answer with the attributes only."
 ADAPTER_PREFIX = "perception.connector."  # the official checkpoint's name of the Q-Former
 NO_ADAPTER = "train an adapter with `torchrun train.py`, or download the released one"
 
@@ -68,6 +67,13 @@ def build_prompt(tokenizer, messages, fill):
     for audio, text in zip(audios, after, strict=True):
         ids += fill(audio) + tokenizer.encode(text)
     return ids
+
+
+def opening(system):
+    """What stands before the question: a system prompt, or the messages of a .json file (for a small LLM: worked examples too)."""
+    if system.endswith(".json"):
+        return read_json(Path(system))
+    return [{"role": "system", "content": system}] if system else []
 
 
 def description_slot(tokenizer):
@@ -112,6 +118,7 @@ class DeSTA(torch.nn.Module):
         self.llm, self.tokenizer, self.whisper, self.qformer = llm, tokenizer, whisper, qformer
         self.audio_seconds, self.llm_folder, self.whisper_folder = audio_seconds, str(llm_folder), str(whisper_folder)
         self.taps = tap_layers(whisper.config.encoder_layers)
+        self.kept_prefix = None, None  # see frozen_prefix
 
     @classmethod
     def from_pretrained(cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, **qformer):
@@ -179,16 +186,22 @@ class DeSTA(torch.nn.Module):
         audios = audios_of(row["messages"]) if AUDIO_ID in ids else []
         return {"ids": ids, "target": target, "mels": [self.mel(audio["audio"], root) for audio in audios]}
 
+    @torch.no_grad()
+    def frozen_prefix(self, ids):
+        """Keys and values of token ids that stand before any audio. The last result is kept: a data set's rows mostly start alike."""
+        if ids and self.kept_prefix[0] != ids:
+            prefix = Prefix()
+            self.llm.hidden_states(self.llm.embed(torch.tensor([ids], device=self.device)), prefix)
+            self.kept_prefix = ids, prefix
+        return self.kept_prefix[1] if ids else None
+
     def row_losses(self, rows):
         """Prepared rows -> (summed cross-entropy of each row's target (B,), number of its tokens (B,))."""
-        # What all rows start with (template header, system prompt) does not depend on trained weights: once, no gradient.
+        # What all rows start with (template header, system prompt, examples) does not depend on trained weights.
         P = 0
         while len({row["ids"][P] for row in rows}) == 1 and rows[0]["ids"][P] != AUDIO_ID and P < min(len(row["ids"]) for row in rows) - 1:
             P += 1
-        prefix = Prefix() if P else None
-        with torch.no_grad():
-            if P:
-                self.llm.hidden_states(self.llm.embed(torch.tensor([rows[0]["ids"][:P]], device=self.device)), prefix)
+        prefix = self.frozen_prefix(rows[0]["ids"][:P])
         # Row b goes on with prompt + target without its last token, padded on the right: padding comes after everything,
         # so under a causal mask it is never seen.
         sequences = [torch.tensor(row["ids"][P:] + row["target"][:-1]) for row in rows]
@@ -303,7 +316,7 @@ def main():
     parser = argparse.ArgumentParser(description="Ask about one audio file.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("audio", help="wav, flac, ogg or mp3")
     parser.add_argument("--prompt", default="What do you hear?")
-    parser.add_argument("--system", default=SYSTEM_PROMPT, help="system prompt; the adapter was trained with the default")
+    parser.add_argument("--system", default="demo/context.json", help="system prompt, or a .json file of messages: what the adapter was trained with")
     parser.add_argument("--llm", default="weights/smollm2-135m-instruct", help="Hugging Face folder")
     parser.add_argument("--whisper", default="weights/whisper-tiny.en", help="Hugging Face folder")
     parser.add_argument("--adapter", default="out/demo/adapter", help="folder written by train.py, or the released one")
@@ -317,9 +330,8 @@ def main():
         audio_dtype = torch.float32 if args.precision == "official" else None
         model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype)
         audio = {"audio": args.audio, "text": None}
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        messages += [{"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}]
-        print(model.generate(messages, args.max_new_tokens, args.temperature, args.top_p)[0])
+        question = {"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}
+        print(model.generate([*opening(args.system), question], args.max_new_tokens, args.temperature, args.top_p)[0])
     except (FileNotFoundError, ValueError) as error:
         fail(error)
 

@@ -126,11 +126,16 @@ class QFormer(nn.Module):
         self.tap_std.copy_(std)
 
     @torch.no_grad()
-    def scale_output(self, rms):
-        """Let a fresh Q-Former's vectors start as large as the LLM's embeddings (their root mean square)."""
-        # The LayerNorm gives unit variance, PyTorch's initial weights are uniform within ±d_model**-0.5: the output's rms is 3**-0.5.
-        for parameter in self.proj[1].parameters():
-            parameter *= rms * 3**0.5
+    def match_embeddings(self, table):
+        """Spread a fresh Q-Former's vectors like the LLM's token embeddings: same mean, same principal directions.
+
+        table (vocab_size, d_llm). What the LLM reads then looks like text to it from the start, and it learns faster (LOG.md).
+        """
+        # proj's LayerNorm hands on channels of unit variance, so each column of the weight sets the spread along one direction.
+        variance, directions = torch.linalg.eigh(torch.cov(table.float().T))  # (d_llm,) ascending, (d_llm, d_llm)
+        spread = (directions * variance.clamp(min=0).sqrt()).flip(1)[:, : self.config.d_model]  # (d_llm, at most d_model)
+        self.proj[1].weight.zero_()[:, : spread.shape[1]] = spread
+        self.proj[1].bias.copy_(table.float().mean(0))
 
     def official_state_dict(self):
         """state_dict in which (x - mean) / std is part of the cross-attention's keys and values:

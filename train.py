@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 from common import setting
-from model import DeSTA
+from model import AUDIO_ID, DeSTA
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Settings:
     n_queries: int = setting(16, "audio vectors per clip; paper: 64")
     audio_seconds: int = setting(6, "clips are padded or cut to this; paper: 30")
     dropout: float = setting(0.0, "in the Q-Former; paper: 0.1")
-    standardize: int = setting(256, "clips to fit the initial weights to: taps to unit variance, output to the LLM's embeddings; paper: 0")
+    standardize: int = setting(256, "clips to fit the initial weights to: taps to unit variance; output spread like the LLM's embeddings; paper: 0")
     # optimisation
     lr: float = setting(1e-3, "peak learning rate; paper: 1e-4")
     warmup: int = setting(20, "steps of linear warm-up; paper: 2000")
@@ -286,7 +286,7 @@ def main():
         talk(f"continuing {s.out} at step {first_step}")
     elif s.standardize:
         model.qformer.standardize(*measure_taps(model, data, s.standardize))
-        model.qformer.scale_output(model.llm.model.embed_tokens.weight.float().square().mean().sqrt())
+        model.qformer.match_embeddings(model.llm.model.embed_tokens.weight)
 
     # log
     out = Path(s.out)
@@ -329,8 +329,10 @@ def main():
         micro_batches = [next(loader) for _ in range(n_micro)]
         micro_batches = [[row for row in batch if row] for batch in micro_batches]
         rows = [row for batch in micro_batches for row in batch]
+        # What stands before the audio is the same frozen text in every row: not counted as work, see DeSTA.frozen_prefix.
+        tokens = lambda row: len(row["ids"]) + len(row["target"]) - (row["ids"].index(AUDIO_ID) if row["mels"] else 0)
         totals = torch.tensor([
-            len(rows), sum(len(r["mels"]) for r in rows), sum(len(r["ids"]) + len(r["target"]) for r in rows), sum(len(r["target"]) for r in rows)
+            len(rows), sum(len(r["mels"]) for r in rows), sum(map(tokens, rows)), sum(len(r["target"]) for r in rows)
         ], dtype=torch.float64, device=device)  # fmt: skip
         n_rows, n_clips, n_tokens, n_targets = common.sum_over_ranks(totals).tolist()
         left_out += s.global_batch - int(n_rows)

@@ -63,11 +63,11 @@ def test_losses_and_answers_are_those_of_the_model(straight, tiny_world, model):
     for row in predictions:
         mine, wrong = rows[row["id"]], rows[row["wrong_id"]]
         assert row["id"] != row["wrong_id"]
-        (system, user), audio = mine["messages"], mine["messages"][1]["audios"][0]
+        (*context, user), audio = mine["messages"], mine["messages"][-1]["audios"][0]
         conversations = {
             "right": mine["messages"],
-            "wrong": [system, user | {"audios": wrong["messages"][1]["audios"]}],
-            "description": [system, user | {"audios": [audio | {"description": mine["seed_description"]}]}],
+            "wrong": [*context, user | {"audios": wrong["messages"][-1]["audios"]}],
+            "description": [*context, user | {"audios": [audio | {"description": mine["seed_description"]}]}],
             "none": mine["messages"],
         }
         fills = {"description": description_slot(model.tokenizer), "none": lambda audio: []}

@@ -247,17 +247,20 @@ def test_frozen_parts_stay_as_they_are(tiny_world, tmp_path, monkeypatch, float3
 
 
 def test_initial_statistics(model, tiny_world):
-    """standardize: the taps of the clips get mean 0 and deviation 1; and the fresh adapter's vectors are as large as embeddings."""
+    """standardize: the taps of the clips get mean 0 and deviation 1; and the fresh adapter's vectors are spread like the embeddings."""
     rows = train.Rows(tiny_world.data / "train.jsonl", model, types.SimpleNamespace(audio_root=tiny_world.data, max_tokens=300))
     mean, std = train.measure_taps(model, rows, 6)  # every fourth of 24 rows
     taps = torch.cat([model.whisper.encode(torch.stack(rows[i]["mels"]), [0, 1, 2, 3]).flatten(0, 2) for i in range(0, 24, 4)])
     torch.testing.assert_close(mean, taps.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(std, taps.std(0), atol=1e-4, rtol=1e-3)
     torch.manual_seed(0)
-    adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=512, n_layers=1))
-    adapter.scale_output(0.02)
-    rms = adapter.eval()(torch.randn(2, 4, 20, 64)).square().mean().sqrt()
-    assert rms.item() == pytest.approx(0.02, rel=0.1)
+    table = 3 + torch.randn(1000, 24) @ torch.diag(torch.linspace(0.01, 2, 24)) @ torch.randn(24, 24)
+    for d_model in (64, 16):  # more channels than the LLM has, or fewer: then the largest directions
+        adapter = QFormer(QFormerConfig(d_model=d_model, n_heads=4, d_llm=24, n_layers=1, n_queries=500)).eval()
+        adapter.match_embeddings(table)
+        vectors = adapter(torch.randn(2, 4, 20, d_model)).detach().flatten(0, 1)
+        error = (torch.cov(vectors.T) - torch.cov(table.T)).norm() / torch.cov(table.T).norm()
+        assert error < 0.3 and (vectors.mean(0) - table.mean(0)).norm() < 0.5 * torch.cov(table.T).trace().sqrt()
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +270,7 @@ def bad_rows(tiny_world, tmp_path_factory):
     soundfile.write(folder / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     (folder / "empty.wav").touch()
     good = tiny_world.rows[0]
-    spoken = lambda path: [good["messages"][0], good["messages"][1] | {"audios": [{"audio": str(path), "text": "x"}]}]
+    spoken = lambda path: [*good["messages"][:-1], good["messages"][-1] | {"audios": [{"audio": str(path), "text": "x"}]}]
     return [
         ('{"messages": [', "is not JSON"),
         ("[1, 2]", "is not a JSON object"),
@@ -280,7 +283,7 @@ def bad_rows(tiny_world, tmp_path_factory):
         (good | {"response": None}, "not in the form of a training row"),
         (good | {"messages": "hello"}, "not in the form of a training row"),
         (good | {"messages": [{"role": "user"}]}, "KeyError('content')"),
-        (good | {"messages": [good["messages"][1] | {"audios": [{"text": "x"}]}]}, "KeyError('audio')"),
+        (good | {"messages": [good["messages"][-1] | {"audios": [{"text": "x"}]}]}, "KeyError('audio')"),
     ]
 
 
@@ -301,7 +304,7 @@ def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
     """A micro-batch that is all text has a loss and no gradient; two audios in one row are fine too."""
     row = tiny_world.rows[0]
     text = row | {"messages": [{"role": "user", "content": "Say hello."}]}
-    two = row | {"messages": [row["messages"][1], {"role": "assistant", "content": "Yes."}, row["messages"][1]]}
+    two = row | {"messages": [row["messages"][-1], {"role": "assistant", "content": "Yes."}, row["messages"][-1]]}
     data = write_jsonl(tmp_path / "mixed.jsonl", [text, text, two, row])
     done = script(*command(tiny_world, tmp_path / "out", data=data, global_batch=4, micro_batch=1, max_steps=2))
     assert done.status == 0 and "left out" not in done.out + done.err
