@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -94,39 +95,90 @@ def sum_over_ranks(tensor):
 
 
 class JsonLines:
-    """Random access to the rows of a JSONL file that may be larger than memory: byte offsets are kept, rows are read on demand."""
+    """Random access to the rows of JSONL files that may be larger than memory. What is kept is where each row begins, in an index beside the file.
+
+    path: one file, several with commas between them, or a folder, of which all *.jsonl are read in the order of their names.
+    Rows are numbered through, from the first file to the last; an empty line is no row.
+    """
 
     def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path} is missing: `python demo/prepare.py` and `python generate_data.py` make the demo's")
-        ends = []
-        with open(self.path, "rb") as file:
-            position = 0
-            while block := file.read(1 << 24):
-                ends.append(position + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
-                position += len(block)
-        ends = np.concatenate([*ends, [position]]) if ends else np.zeros(1, int)
-        starts = np.concatenate([[0], ends[:-1]])
-        keep = ends - starts > 1  # an empty line is no row
-        self.starts, self.ends = starts[keep], ends[keep]
-        self.lengths = self.ends - self.starts  # bytes: near enough to tokens for putting rows of like length together
+        several = Path(path).is_dir() or "," in str(path) and not Path(path).exists()
+        self.files = [Path(path)]
+        if several:
+            self.files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(part.strip()) for part in str(path).split(",")]
+        if missing := [str(file) for file in self.files if not file.is_file()] or ([] if self.files else [f"{path}/*.jsonl"]):
+            raise FileNotFoundError(f"{missing[0]} is missing: `python demo/prepare.py` and `python generate_data.py` make the demo's")
+        self.path, self.starts = path, [row_starts(file) for file in self.files]
+        self.first = np.cumsum([0] + [len(starts) - 1 for starts in self.starts])  # number of each file's first row
 
     def __len__(self):
-        return len(self.starts)
+        return int(self.first[-1])
+
+    def locate(self, i):
+        """Row number -> (its file's number, its number within that file)"""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        file = int(np.searchsorted(self.first, i, "right")) - 1
+        return file, int(i - self.first[file])
+
+    def name(self, i):
+        """How messages speak of row i: "F.jsonl, row 17"."""
+        file, row = self.locate(i)
+        return f"{self.files[file]}, row {row + 1}"
+
+    def lengths(self, rows):
+        """Bytes of each of `rows` (array of numbers): near enough to tokens for putting rows of like length together."""
+        lengths, files = np.empty(len(rows), np.int64), np.searchsorted(self.first, rows, "right") - 1
+        for file in np.unique(files):
+            here, starts = files == file, self.starts[file]
+            lengths[here] = starts[rows[here] - self.first[file] + 1] - starts[rows[here] - self.first[file]]
+        return lengths
 
     def __getitem__(self, i):
-        """Row i as a dict. ValueError names file and line number where it is not a JSON object."""
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            line = file.read(self.ends[i] - self.starts[i])
+        """Row i as a dict. ValueError names file and row where it is not a JSON object."""
+        number, row = self.locate(i)
+        with open(self.files[number], "rb") as file:
+            file.seek(self.starts[number][row])
+            line = file.read(self.starts[number][row + 1] - self.starts[number][row])
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self.path}, row {i + 1} is not JSON: {error}") from None
+            raise ValueError(f"{self.name(i)} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {i + 1} is not a JSON object")
+            raise ValueError(f"{self.name(i)} is not a JSON object")
         return row
+
+
+def row_starts(file):
+    """Where the rows of a JSONL file begin, and at last its size: int64, memory-mapped from FILE.index, so that it takes no memory of a process.
+
+    The index is made where it is missing, damaged, or was made for a file of another size or time of change. Where it cannot be
+    kept, in a folder that must not be written say, it stays in memory. Layout: the result, mtime_ns, crc32 of all that.
+    """
+    stat, kept = file.stat(), file.with_name(f"{file.name}.index")
+    try:
+        index = np.memmap(kept, np.int64, "r")
+        if tuple(index[-3:-1]) == (stat.st_size, stat.st_mtime_ns) and zlib.crc32(index[:-1]) == index[-1]:
+            return np.memmap(kept, np.int64, "r")[:-2]  # mapped anew: the pages that the check has touched are let go
+    except (OSError, ValueError):  # none there, or of an impossible size
+        pass
+    pieces, position, after_newline = [], 0, True
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            newline = np.frombuffer(block, np.uint8) == ord("\n")
+            # A row begins at what is no newline and comes after one.
+            pieces.append(position + np.flatnonzero(~newline & np.append(after_newline, newline[:-1])))
+            position, after_newline = position + len(block), newline[-1]
+    index = np.concatenate([*pieces, [stat.st_size, stat.st_mtime_ns]]).astype(np.int64)
+    index = np.append(index, zlib.crc32(index))
+    temporary = kept.with_name(f"{kept.name}.{os.urandom(4).hex()}.tmp")  # the ranks of a job may all be here at once
+    try:
+        index.tofile(temporary)
+        os.replace(temporary, kept)
+        return np.memmap(kept, np.int64, "r")[:-2]
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return index[:-2]
 
 
 def write_atomically(path, write):

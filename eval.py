@@ -35,6 +35,7 @@ class Settings:
     system: str = setting("", "system prompt instead of the benchmark's own")
     cot: int = setting(0, "1: ask for step-by-step reasoning before the answer")
     precision: str = setting("fast", "official: Whisper and Q-Former in float32")
+    long_audio: str = setting("", "cut or split: whether more than the adapter's window is heard; '' means as it was trained")
     max_new_tokens: int = setting(-1, "-1 means the benchmark's own limit")
     temperature: float = setting(0.0, "0 is greedy, as in all five benchmarks")
     top_p: float = setting(1.0, "nucleus sampling, where temperature is not 0")
@@ -100,7 +101,8 @@ def predict(s, task):
     rows = task.load(s.data, s.audio_root, **{k: v for k, v in options.items() if k in accepted})
     rows = rows[: s.limit if s.limit >= 0 else None]
     max_new_tokens = s.max_new_tokens if s.max_new_tokens >= 0 else task.MAX_NEW_TOKENS
-    model = DeSTA.from_pretrained(s.llm, s.whisper, s.adapter, device=device, audio_dtype=torch.float32 if s.precision == "official" else None)
+    audio_dtype = torch.float32 if s.precision == "official" else None
+    model = DeSTA.from_pretrained(s.llm, s.whisper, s.adapter, device=device, audio_dtype=audio_dtype, long_audio=s.long_audio)
     if rank == 0:
         system = s.system or getattr(task, "SYSTEM", "that of each row")
         print(f"{s.task}: {len(rows)} rows, at most {max_new_tokens} new tokens, temperature {s.temperature}, system prompt: {system}")

@@ -22,9 +22,9 @@ from pathlib import Path
 import common
 from common import setting
 from llama import Llama, generate
-from model import AUDIO, END, START, build_prompt, compute_dtype, description_slot, opening
+from model import AUDIO, END, START, audio_windows, build_prompt, compute_dtype, description_slot, opening, transcribe_windows
 from tokenizer import Tokenizer
-from whisper import Whisper, load_audio
+from whisper import Whisper
 
 
 @dataclasses.dataclass
@@ -44,6 +44,7 @@ class Settings:
     batch_size: int = setting(64, "rows in flight while generating")
     block: int = setting(64, "rows saved together; at most this many are lost by a kill")
     audio_seconds: int = setting(6, "the transcript's window: clips are padded or cut to this; paper: 30")
+    long_audio: str = setting("cut", "what becomes of longer clips: cut, or split into windows that are all transcribed")
     limit: int = setting(-1, "only the first so many clips; -1 means all")
     seed: int = setting(0, "of the drawn instructions and of sampling")
 
@@ -74,23 +75,23 @@ def read_instructions(folder):
 
 def make_block(indices, metadata, pools, context, settings, llm, tokenizer, whisper, progress=False):
     """The training rows of metadata[indices]; a clip that cannot be used gives {"id", "skipped": reason} instead."""
-    rows, waveforms = [], []
+    rows, clips = [], []
     for i in indices:
         try:
             clip = metadata[i]
             missing = [key for key in ("id", "domain", "segments") if key not in clip]
             if missing:
-                raise ValueError(f"{settings.metadata}, row {i + 1} has no {', '.join(missing)}")
+                raise ValueError(f"{metadata.name(i)} has no {', '.join(missing)}")
             if clip["domain"] not in pools:
-                raise ValueError(f"{settings.metadata}, row {i + 1}: no instructions for domain {clip['domain']!r} in {settings.instructions}")
+                raise ValueError(f"{metadata.name(i)}: no instructions for domain {clip['domain']!r} in {settings.instructions}")
             row = {"index": i, "clip": clip, "description": describe(clip["segments"])}
-            waveforms.append(load_audio(Path(settings.audio_root) / clip["id"], settings.audio_seconds))
+            clips.append(audio_windows(clip["id"], settings.audio_root, settings.audio_seconds, settings.long_audio))
             rows.append(row)
         except (ValueError, OSError) as error:  # one bad clip among millions is counted, not fatal
             rows.append({"index": i, "skipped": str(error)})
         except (KeyError, TypeError, AttributeError) as error:
-            rows.append({"index": i, "skipped": f"{settings.metadata}, row {i + 1}: segments need start, end and attributes ({error!r})"})
-    transcripts = iter(whisper.transcribe(waveforms, min(128, 8 * settings.audio_seconds), seconds=settings.audio_seconds))
+            rows.append({"index": i, "skipped": f"{metadata.name(i)}: segments need start, end and attributes ({error!r})"})
+    transcripts = iter(transcribe_windows(whisper, clips, settings.audio_seconds, min(128, 8 * settings.audio_seconds)))
     finished, prompts, seeds = [], [], []
     for row in rows:
         if "skipped" in row:
@@ -153,6 +154,8 @@ def merge(parts, settings, description):
 
 def main():
     settings = common.parse_settings(Settings, __doc__)
+    if settings.long_audio not in ("cut", "split"):
+        raise ValueError(f"--long_audio {settings.long_audio!r} is neither cut nor split")
     start = time.time()
     rank, world, device = common.start_processes()
     metadata = common.JsonLines(settings.metadata)
@@ -168,7 +171,8 @@ def main():
     llm = Llama.from_pretrained(settings.llm, dtype, device)
     whisper = Whisper.from_pretrained(settings.whisper, dtype, device)
     make = lambda indices: make_block(indices, metadata, pools, context, settings, llm, tokenizer, whisper, progress=rank == 0)
-    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "context": context, "metadata_bytes": int(metadata.ends[-1])}
+    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "context": context}
+    stamp |= {"metadata_bytes": sum(file.stat().st_size for file in metadata.files)}
     parts = common.work_in_blocks(n_clips, settings.block, folder, stamp, rank, world, make)
     if rank == 0:
         counts = merge(parts, settings, common.run_description(settings) | {"weights_sha256": common.file_hash(settings.llm)})

@@ -11,10 +11,13 @@ training targets. Filled with the audio vectors and the transcript, the same LLM
 """
 
 import argparse
+import functools
 import json
 import re
+import sys
 from pathlib import Path
 
+import soundfile
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -24,11 +27,12 @@ from common import fail, write_atomically, write_text
 from llama import Llama, Prefix, generate
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
-from whisper import Whisper, load_audio, log_mel, tap_layers
+from whisper import SAMPLE_RATE, Whisper, load_audio, log_mel, tap_layers
 
 AUDIO, START, END = "<|AUDIO|>", "<start_audio>", "<end_audio>"
 AUDIO_ID = -1  # stands for one audio vector in a list of token ids; never reaches the embedding table
-MAX_TRANSCRIPT = 100  # tokens
+MAX_TRANSCRIPT = 100  # tokens per window
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff")
 ADAPTER_PREFIX = "perception.connector."  # the official checkpoint's name of the Q-Former
 NO_ADAPTER = "train an adapter with `torchrun train.py`, or download the released one"
 
@@ -84,10 +88,48 @@ def audio_slot(tokenizer, n_queries):
     def fill(audio):
         if not isinstance(audio.get("text"), str):
             raise ValueError(f"{audio.get('audio')} has no transcript: give \"text\" (generate_data.py writes it; DeSTA.generate lets Whisper)")
+        n = audio.get("windows", 1)  # of a long clip, with --long_audio split: the vectors of the first, of the second, …, then the transcript
         # special=False: "<|im_end|>" in a transcript is something that was said, not the end of a turn.
-        return [AUDIO_ID] * n_queries + tokenizer.encode(audio["text"], special=False)[:MAX_TRANSCRIPT]
+        return [AUDIO_ID] * n * n_queries + tokenizer.encode(audio["text"], special=False)[: n * MAX_TRANSCRIPT]
 
     return fill
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audio files
+
+
+def audio_file(path, root="."):
+    """root/path, or where nothing is there, the one file that differs from it in its extension: data sets say .flac of what is .wav on disk."""
+    file = Path(root) / path
+    if file.exists() or not file.name:
+        return file
+    others = [other for suffix in SUFFIXES if (other := file.with_suffix(suffix)).exists()]
+    return others[0] if len(others) == 1 else file
+
+
+@functools.cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def audio_windows(path, root, seconds, long_audio="cut"):
+    """An audio file -> its waveforms of at most so many seconds, in order: all of them ("split"), or the first, with a warning ("cut")."""
+    file, rest = audio_file(path, root), 0.1  # seconds: a clip of 30.01 s is one of 30 s
+    windows = load_audio(file, max_seconds=seconds + rest if long_audio == "cut" else None).split(round(seconds * SAMPLE_RATE))
+    if len(windows) > 1 and len(windows[-1]) < round(rest * SAMPLE_RATE):
+        windows = windows[:-1]
+    if len(windows) > 1 and long_audio == "cut":
+        total = soundfile.info(file).duration
+        warn_once(f"{file} lasts {total:.1f} s: the last {total - seconds:.1f} s are not heard (--long_audio split hears them)")
+        windows = windows[:1]
+    return windows
+
+
+def transcribe_windows(whisper, clips, seconds, max_new_tokens=128):
+    """One transcript per clip. clips: list of what audio_windows returns."""
+    texts = iter(whisper.transcribe([window for clip in clips for window in clip], max_new_tokens, seconds=seconds))
+    return [" ".join(text for text in [next(texts) for _ in clip] if text.strip()) or " " for clip in clips]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,22 +153,30 @@ class DeSTA(torch.nn.Module):
 
     llm_folder and whisper_folder name the frozen parts in the adapter's config.json.
     audio_seconds: clips are padded or cut to this. 30 in the paper; the demo's short clips take less.
+    long_audio: what becomes of the rest of longer ones. "cut": it is lost, as in the paper. "split": the slot holds the vectors of
+    all windows of audio_seconds, one after the other.
     """
 
-    def __init__(self, llm, tokenizer, whisper, qformer, audio_seconds=30, llm_folder="", whisper_folder=""):
+    def __init__(self, llm, tokenizer, whisper, qformer, audio_seconds=30, llm_folder="", whisper_folder="", long_audio="cut"):
         super().__init__()
+        if long_audio not in ("cut", "split"):
+            raise ValueError(f"long_audio {long_audio!r} is neither cut nor split")
+        self.long_audio = long_audio
         self.llm, self.tokenizer, self.whisper, self.qformer = llm, tokenizer, whisper, qformer
         self.audio_seconds, self.llm_folder, self.whisper_folder = audio_seconds, str(llm_folder), str(whisper_folder)
         self.taps = tap_layers(whisper.config.encoder_layers)
         self.kept_prefix = None, None  # see frozen_prefix
 
     @classmethod
-    def from_pretrained(cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, **qformer):
+    def from_pretrained(
+        cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, long_audio="", **qformer
+    ):
         """Load the frozen parts from Hugging Face folders, and the adapter from its folder, if given.
 
         dtype: of the LLM, by default compute_dtype(device). audio_dtype: what Whisper and the Q-Former compute in, by
-        default the same; the released model is run with float32. Without an adapter a fresh Q-Former is made, for which
-        audio_seconds and the fields n_layers, n_queries, dropout of QFormerConfig can be given.
+        default the same; the released model is run with float32. long_audio: see the class; by default as the adapter was
+        trained. Without an adapter a fresh Q-Former is made, for which audio_seconds and the fields n_layers, n_queries,
+        dropout of QFormerConfig can be given.
         """
         device = device or default_device()
         dtype = dtype or compute_dtype(device)
@@ -135,7 +185,7 @@ class DeSTA(torch.nn.Module):
                 raise FileNotFoundError(f"{adapter}/config.json is missing: {NO_ADAPTER}")
             saved = read_json(Path(adapter) / "config.json")
             qformer |= {"n_layers": saved["qformer_num_hidden_layers"], "n_queries": saved["prompt_size"]}
-            audio_seconds = saved.get("audio_seconds", 30)
+            audio_seconds, long_audio = saved.get("audio_seconds", 30), long_audio or saved.get("long_audio", "")
         tokenizer = Tokenizer(llm)
         whisper_model = Whisper.from_pretrained(whisper, dtype=audio_dtype or dtype, device=device)
         llm_model = Llama.from_pretrained(llm, dtype=dtype, device=device)
@@ -143,7 +193,7 @@ class DeSTA(torch.nn.Module):
         n_taps = len(tap_layers(w.encoder_layers))
         config = QFormerConfig(w.d_model, w.encoder_attention_heads, llm_model.config.d_model, n_taps=n_taps, **qformer)
         adapter_module = QFormer(config).to(device)
-        model = cls(llm_model, tokenizer, whisper_model, adapter_module, audio_seconds, llm, whisper)
+        model = cls(llm_model, tokenizer, whisper_model, adapter_module, audio_seconds, llm, whisper, long_audio or "cut")
         if adapter is not None:
             model.load_adapter(adapter)
         return model.eval()
@@ -154,10 +204,25 @@ class DeSTA(torch.nn.Module):
 
     # -- audio in ------------------------------------------------------------------------------------------------------
 
-    def mel(self, path, root="."):
-        """Audio file -> log-mel (n_mels, 100 * audio_seconds) on the CPU; safe to call in data-loading workers."""
-        waveform = load_audio(Path(root) / path, max_seconds=self.audio_seconds)
-        return log_mel([waveform], self.whisper.config.num_mel_bins, seconds=self.audio_seconds)[0]
+    def mels(self, path, root="."):
+        """Audio file -> log-mels of its windows (n_windows, n_mels, 100 * audio_seconds) on the CPU; safe to call in data-loading workers."""
+        windows = audio_windows(path, root, self.audio_seconds, self.long_audio)
+        return log_mel(windows, self.whisper.config.num_mel_bins, seconds=self.audio_seconds)
+
+    def read(self, messages, root=".", fill=None):
+        """A conversation -> (token ids of its prompt, list of the log-mels that its AUDIO_IDs stand for). fill: see build_prompt."""
+        fill = fill or audio_slot(self.tokenizer, self.qformer.config.n_queries)
+        mels = []
+
+        def fill_and_hear(audio):
+            ids = fill(audio)
+            if AUDIO_ID in ids:  # else the clip is told in words, or left out: no need to load it
+                windows = self.mels(audio["audio"], root)
+                mels.extend(windows)
+                ids = fill(audio | {"windows": len(windows)}) if len(windows) > 1 else ids
+            return ids
+
+        return build_prompt(self.tokenizer, messages, fill_and_hear), mels
 
     def audio_vectors(self, mels):
         """mels (A, n_mels, frames) -> what the LLM reads in place of each clip: (A, n_queries, d_llm)."""
@@ -180,11 +245,9 @@ class DeSTA(torch.nn.Module):
 
         fill: what goes into the slot (see build_prompt), by default the audio. Runs on the CPU, in any worker process.
         """
-        slot = fill or audio_slot(self.tokenizer, self.qformer.config.n_queries)
-        ids = build_prompt(self.tokenizer, row["messages"], slot)
         target = self.tokenizer.encode(row["response"], special=False) + [self.tokenizer.eos_id]
-        audios = audios_of(row["messages"]) if AUDIO_ID in ids else []
-        return {"ids": ids, "target": target, "mels": [self.mel(audio["audio"], root) for audio in audios]}
+        ids, mels = self.read(row["messages"], root, fill)
+        return {"ids": ids, "target": target, "mels": mels}
 
     @torch.no_grad()
     def frozen_prefix(self, ids):
@@ -243,15 +306,13 @@ class DeSTA(torch.nn.Module):
         root: folder that audio paths start from. fill: see build_prompt. options: batch_size, progress of llama.generate.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        fill = fill or audio_slot(self.tokenizer, self.qformer.config.n_queries)
         conversations = self._with_transcripts(conversations, root)
         prompts = []
         for start in range(0, len(conversations), 16):  # encoders run on 16 conversations at once, the LLM on options["batch_size"]
-            group = conversations[start : start + 16]
-            rows = [torch.tensor(build_prompt(self.tokenizer, conversation, fill)) for conversation in group]
-            audios = [a for c, ids in zip(group, rows) if (ids == AUDIO_ID).any() for a in audios_of(c)]
-            mels = torch.stack([self.mel(a["audio"], root) for a in audios]) if audios else []
-            x = self.embed(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device), mels)  # (rows, T, d_llm)
+            ids, mels = zip(*(self.read(conversation, root, fill) for conversation in conversations[start : start + 16]))
+            rows, mels = [torch.tensor(i) for i in ids], [mel for m in mels for mel in m]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+            x = self.embed(ids, torch.stack(mels) if mels else mels)  # (rows, T, d_llm)
             prompts += [x[b, : len(ids)] for b, ids in enumerate(rows)]
         stop_ids = self.tokenizer.stop_ids
         answers = generate(self.llm, prompts, max_new_tokens, temperature, top_p, stop_ids, seed, **options)
@@ -260,8 +321,8 @@ class DeSTA(torch.nn.Module):
     def _with_transcripts(self, conversations, root):
         """The same conversations, with every missing ("text": None) transcript written by Whisper, all in one batch."""
         files = [a["audio"] for c in conversations for a in audios_of(c) if a.get("text") is None]
-        waveforms = [load_audio(Path(root) / file, self.audio_seconds) for file in files]
-        texts = iter(self.whisper.transcribe(waveforms, seconds=self.audio_seconds) if files else [])
+        clips = [audio_windows(file, root, self.audio_seconds, self.long_audio) for file in files]
+        texts = iter(transcribe_windows(self.whisper, clips, self.audio_seconds))
         fill_in = lambda audio: audio if audio.get("text") is not None else audio | {"text": next(texts)}
         return [
             [m | {"audios": [fill_in(a) for a in m["audios"]]} if m.get("audios") else m for m in conversation]
@@ -281,7 +342,8 @@ class DeSTA(torch.nn.Module):
             "prompt_size": self.qformer.config.n_queries,
             "audio_locator": AUDIO,
             "placeholder_token": "<|reserved_special_token_87|>",  # what the official code writes; ours needs none
-            "audio_seconds": self.audio_seconds,  # ours
+            "audio_seconds": self.audio_seconds,  # this and what follows is ours
+            "long_audio": self.long_audio,
         }
         state = self.qformer.official_state_dict()
         tensors = {ADAPTER_PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
@@ -321,14 +383,15 @@ def main():
     parser.add_argument("--whisper", default="weights/whisper-tiny.en", help="Hugging Face folder")
     parser.add_argument("--adapter", default="out/demo/adapter", help="folder written by train.py, or the released one")
     parser.add_argument("--precision", choices=("fast", "official"), default="fast", help="official: Whisper and Q-Former in float32")
+    parser.add_argument("--long_audio", choices=("cut", "split"), help="beyond the adapter's window: lost, or heard too (default: as trained)")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     args = parser.parse_args()
     try:
-        load_audio(args.audio, max_seconds=1)  # a wrong path should not cost the loading of the weights
+        load_audio(audio_file(args.audio), max_seconds=1)  # a wrong path should not cost the loading of the weights
         audio_dtype = torch.float32 if args.precision == "official" else None
-        model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype)
+        model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype, long_audio=args.long_audio)
         audio = {"audio": args.audio, "text": None}
         question = {"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}
         print(model.generate([*opening(args.system), question], args.max_new_tokens, args.temperature, args.top_p)[0])

@@ -11,6 +11,7 @@ The defaults are the demo's; the paper's values stand beside them. Run the same 
 import dataclasses
 import json
 import math
+import random
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -32,7 +34,7 @@ from model import AUDIO_ID, DeSTA
 class Settings:
     llm: str = setting("weights/smollm2-135m-instruct", "Hugging Face folder of the frozen LLM")
     whisper: str = setting("weights/whisper-tiny.en", "Hugging Face folder of the frozen Whisper")
-    data: str = setting("data/demo/train.jsonl", "training rows (generate_data.py, or DeSTA-AQA5M)")
+    data: str = setting("data/demo/train.jsonl", "training rows (generate_data.py, or DeSTA-AQA5M): a file, several with commas between, or a folder")
     eval_data: str = setting("data/demo/test.jsonl", "held-out rows for the loss curve; '' for none")
     audio_root: str = setting("data/demo", "folder that audio paths start from")
     out: str = setting("out/demo", "adapter/, checkpoints/, log.jsonl, run.json")
@@ -40,6 +42,7 @@ class Settings:
     n_layers: int = setting(2, "layers of the Q-Former; paper: 6")
     n_queries: int = setting(16, "audio vectors per clip; paper: 64")
     audio_seconds: int = setting(6, "clips are padded or cut to this; paper: 30")
+    long_audio: str = setting("cut", "what becomes of longer clips: cut, as in the paper, or split into windows that are all heard")
     dropout: float = setting(0.0, "in the Q-Former; paper: 0.1")
     standardize: int = setting(256, "clips to fit the initial weights to: taps to unit variance; output spread like the LLM's embeddings; paper: 0")
     # optimisation
@@ -71,7 +74,6 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, path, model, settings):
         self.rows, self.model, self.settings = common.JsonLines(path), model, settings
-        self.lengths = self.rows.lengths
 
     def __len__(self):
         return len(self.rows)
@@ -86,39 +88,57 @@ class Rows(torch.utils.data.Dataset):
             reason = error
         except (KeyError, TypeError, AttributeError) as error:
             reason = f"not in the form of a training row, see generate_data.py ({error!r})"
-        print(f"row left out: {self.rows.path}, row {i + 1}: {reason}", file=sys.stderr)
+        print(f"row left out: {self.rows.name(i)}: {reason}", file=sys.stderr)
         return None
 
 
-def epoch_batches(lengths, global_batch, pool, seed, epoch):
-    """The order of one epoch: a list of global batches of row numbers, a pure function of its arguments.
+def shuffled(places, n, seed):
+    """Which of n rows stand at these places (array) of a random order, without making that order: five million rows take no memory.
 
-    Rows are shuffled, sorted by length within pools of `pool` batches (neighbours of like length waste little padding),
-    and the batches are shuffled again. Rows that do not fill a batch at the end sit this epoch out.
+    A Feistel network maps the numbers of 2k bits onto themselves, one to one, whatever it mixes with. Where it leads to n or
+    beyond, it is applied again until it leads below n: that is one to one too.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator)
-    order = order[: len(order) // global_batch * global_batch]
-    lengths = torch.as_tensor(lengths)
-    pools = [rows[lengths[rows].argsort(stable=True)] for rows in order.split(pool * global_batch)]
-    batches = torch.cat(pools).view(-1, global_batch)
-    return batches[torch.randperm(len(batches), generator=generator)].tolist()
+    bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    keys = [np.uint64(random.Random(f"{seed} {i}").getrandbits(64)) for i in range(6)]
+    rows, todo = np.array(places, np.uint64), np.arange(len(places))
+    while len(todo):
+        left, right = rows[todo] >> bits, rows[todo] & (np.uint64(1) << bits) - np.uint64(1)
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64; the high bits of a product depend on all of its factors' bits
+            mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(64) - bits
+            left, right = right, left ^ mixed
+        rows[todo] = left << bits | right
+        todo = todo[rows[todo] >= n]
+    return rows.astype(np.int64)
+
+
+def step_rows(step, n, lengths, global_batch, pool, seed):
+    """Numbers of the rows of one step, a pure function of its arguments. n: all rows there are; lengths: row numbers -> lengths.
+
+    Each epoch has an order of its own. Rows are sorted by length within pools of `pool` batches (neighbours of like length waste
+    little padding), and a pool's batches are shuffled. Rows that do not fill a batch at the end sit this epoch out.
+    """
+    per_epoch = n // global_batch
+    epoch, index = divmod(step, per_epoch)
+    first = index // pool * pool
+    places = np.arange(first * global_batch, min(first + pool, per_epoch) * global_batch)
+    rows = shuffled(places, n, f"{seed} {epoch}")
+    batches = rows[np.argsort(lengths(rows), kind="stable")].reshape(-1, global_batch)
+    order = shuffled(np.arange(len(batches)), len(batches), f"{seed} {epoch} {first}")
+    return batches[order[index - first]].tolist()
 
 
 class Batches(torch.utils.data.Sampler):
     """Yields this rank's micro-batches, from step `first` on. Micro-batch m of a step goes to rank m % world."""
 
-    def __init__(self, lengths, settings, first, last, rank, world):
-        self.lengths, self.s, self.first, self.last, self.rank, self.world = lengths, settings, first, last, rank, world
+    def __init__(self, rows, settings, first, last, rank, world):
+        self.rows, self.s, self.first, self.last, self.rank, self.world = rows, settings, first, last, rank, world
 
     def __iter__(self):
-        per_epoch = len(self.lengths) // self.s.global_batch
         for step in range(self.first, self.last):
-            epoch, index = divmod(step, per_epoch)
-            if step == self.first or index == 0:
-                batches = epoch_batches(self.lengths, self.s.global_batch, self.s.length_pool, self.s.seed, epoch)
+            batch = step_rows(step, len(self.rows), self.rows.lengths, self.s.global_batch, self.s.length_pool, self.s.seed)
             for start in range(self.rank * self.s.micro_batch, self.s.global_batch, self.world * self.s.micro_batch):
-                yield batches[index][start : start + self.s.micro_batch]
+                yield batch[start : start + self.s.micro_batch]
 
 
 def measure_taps(model, dataset, n_clips):
@@ -229,7 +249,8 @@ def load_checkpoint(model, optimizer, settings):
         return 0
     saved = json.loads((folders[-1] / "trainer.json").read_text())
     free = {"max_steps", "epochs", "eval_every", "eval_rows", "save_every", "keep", "workers", "micro_batch", "out"}
-    changed = [k for k, v in dataclasses.asdict(settings).items() if k not in free and saved["settings"].get(k) != v]
+    before = dataclasses.asdict(Settings()) | saved["settings"]  # a setting that is newer than the checkpoint had its default
+    changed = [k for k, v in dataclasses.asdict(settings).items() if k not in free and before[k] != v]
     if changed:
         raise ValueError(f"{folders[-1]} was made with another {', '.join(changed)}: give the same settings, or another --out")
     state = load_file(folders[-1] / "trainer.safetensors", device=str(model.device))
@@ -258,8 +279,9 @@ def main():
 
     # model and data
     model = DeSTA.from_pretrained(
-        s.llm, s.whisper, device=device, audio_seconds=s.audio_seconds, n_layers=s.n_layers, n_queries=s.n_queries, dropout=s.dropout
-    )
+        s.llm, s.whisper, device=device, audio_seconds=s.audio_seconds, long_audio=s.long_audio,
+        n_layers=s.n_layers, n_queries=s.n_queries, dropout=s.dropout,
+    )  # fmt: skip
     data = Rows(s.data, model, s)
     steps_per_epoch = len(data) // s.global_batch
     if steps_per_epoch == 0:
@@ -270,7 +292,7 @@ def main():
         rows = Rows(s.eval_data, model, s)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         held_out = [row for row in map(rows.__getitem__, order[: s.eval_rows if s.eval_rows >= 0 else None][rank::world]) if row]
-        held_out = [row for row in held_out if len(row["mels"]) == 1]  # so that clips can be exchanged
+        held_out = [row for row in held_out if len(row["mels"]) == 1]  # one clip of one window: can be exchanged
         if not common.sum_over_ranks(torch.tensor(len(held_out), device=device)):
             raise ValueError(f"{s.eval_data} has no usable row with one clip: is --audio_root right?")
     trained = sum(p.numel() for p in model.qformer.parameters())
@@ -309,7 +331,7 @@ def main():
         signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
 
     workers = s.workers if s.workers >= 0 else 4 * (device.type == "cuda")
-    sampler = Batches(data.lengths, s, first_step, last_step, rank, world)
+    sampler = Batches(data.rows, s, first_step, last_step, rank, world)
     loader = iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=list))
 
     bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", disable=rank > 0, mininterval=5)

@@ -168,7 +168,7 @@ class ReferenceDeSTA:
 
 def test_loss_and_gradients_equal_the_reference_modules(model, tiny_world):
     rows, root = ragged_rows(), tiny_world.data
-    mels = [[model.mel(audio["audio"], root) for message in row["messages"] for audio in message.get("audios", [])] for row in rows]
+    mels = [[model.mels(audio["audio"], root)[0] for message in row["messages"] for audio in message.get("audios", [])] for row in rows]
     reference = ReferenceDeSTA(tiny_world, model.qformer)
     expected, vectors = reference.loss(rows, mels)
     close = dict(atol=1e-5, rtol=1e-5)
@@ -315,7 +315,7 @@ def test_adapter_round_trip(spare, tiny_world, tmp_path):
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config.pop("placeholder_token") and config == {
         "llm_model_id": str(tiny_world.llm), "encoder_model_id": str(tiny_world.whisper), "connector_mode": "qformer_1",
-        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3,
+        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut",
     }  # fmt: skip
     again = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "a", dtype=torch.float32, device="cpu")
     assert again.audio_seconds == 3 and again.qformer.config == model.qformer.config

@@ -50,13 +50,23 @@ def test_pure_functions_of_the_schedule():
 # -- the order of rows ---------------------------------------------------------------------------------------------------
 
 
+def in_memory(lengths):
+    """What `train.Batches` needs of a JsonLines."""
+    class Rows(list):
+        lengths = lambda self, rows: np.asarray(self)[rows]  # noqa: E731
+    return Rows(lengths)
+
+
 def test_epoch_is_a_pure_function_with_every_row_at_most_once():
     lengths = np.random.default_rng(0).integers(1, 1000, 1003)
-    run = lambda seed=0, epoch=0, pool=4: train.epoch_batches(lengths, 8, pool, seed, epoch)
+
+    def run(seed=0, epoch=0, pool=4):
+        return [train.step_rows(step, 1003, lengths.__getitem__, 8, pool, seed) for step in range(epoch * 125, epoch * 125 + 125)]
+
     rows = sum(run(), [])
     assert all(len(batch) == 8 for batch in run()) and len(rows) == len(set(rows)) == 1000 and set(rows) <= set(range(1003))
     assert run() == run() and run() != run(seed=1) and run() != run(epoch=1) and run(seed=1) != run(epoch=1)
-    assert {tuple(sum(run(epoch=e), [])) for e in range(3)} != 1 and set(sum(run(epoch=1), [])) != set(rows), "always the same rows sit out"
+    assert len({tuple(sum(run(epoch=e), [])) for e in range(3)}) == 3 and set(sum(run(epoch=1), [])) != set(rows), "always the same rows sit out"
     torch.manual_seed(5)
     assert sum(run(), []) == rows
     # sorting within pools makes a batch's lengths alike, and leaves the order of the batches random
@@ -66,13 +76,28 @@ def test_epoch_is_a_pure_function_with_every_row_at_most_once():
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.5
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1003, 100_000])
+def test_shuffled_is_a_permutation_that_looks_random(n):
+    order = train.shuffled(np.arange(n), n, "0 0")
+    assert sorted(order) == list(range(n))
+    some = np.arange(0, n, 3)
+    assert np.array_equal(train.shuffled(some, n, "0 0"), order[some]), "a row's place depends on which places are asked for together"
+    if n >= 1003:
+        other = train.shuffled(np.arange(n), n, "0 1")
+        for a, b in ((np.arange(n), order), (order[:-1], order[1:]), (order, other)):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 4 / n**0.5
+        batches = order[: n // 8 * 8].reshape(-1, 8)  # as many rows of the first half, and odd ones, in a batch as chance has it
+        for marked in (batches < n // 2, batches % 2 == 1):
+            assert marked.sum(1).mean() == pytest.approx(4, abs=0.02) and marked.sum(1).var() == pytest.approx(2, rel=0.25)
+
+
 @pytest.mark.parametrize("world, micro", [(1, 4), (2, 2), (2, 6), (3, 4), (1, 12)])
 def test_global_batches_do_not_depend_on_the_processes(world, micro):
     """The micro-batches of all ranks, put together step by step, are the batches of the epochs, from whatever step a run resumes."""
-    lengths, settings = np.arange(100), types.SimpleNamespace(global_batch=12, micro_batch=micro, length_pool=2, seed=3)
-    expected = [batch for epoch in range(3) for batch in train.epoch_batches(lengths, 12, 2, 3, epoch)]  # 8 steps an epoch
+    rows, settings = in_memory(range(100)), types.SimpleNamespace(global_batch=12, micro_batch=micro, length_pool=2, seed=3)
+    expected = [train.step_rows(step, 100, rows.lengths, 12, 2, 3) for step in range(24)]  # 8 steps an epoch
     for first in (0, 5, 8, 11):
-        ranks = [list(train.Batches(lengths, settings, first, 20, rank, world)) for rank in range(world)]
+        ranks = [list(train.Batches(rows, settings, first, 20, rank, world)) for rank in range(world)]
         accumulate = 12 // micro // world
         for i, step in enumerate(range(first, 20)):
             mine = [rank[i * accumulate : (i + 1) * accumulate] for rank in ranks]

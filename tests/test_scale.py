@@ -1,0 +1,268 @@
+"""Official scale: millions of rows in many files, audio longer than a window, LoRA, a sharded LLM, large checkpoints: the same results, in bounds of memory."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import flags, in_float32, randomize, read_jsonl, script, write_jsonl
+
+import common
+import llama
+from model import AUDIO_ID, DeSTA, audio_file, audio_windows, transcribe_windows
+
+# -- millions of rows ------------------------------------------------------------------------------------------------------
+
+
+def random_lines(seed, n=200):
+    """Bytes of a JSONL file with empty lines here and there, no newline at the end, and the rows that it holds."""
+    draw = np.random.default_rng(seed)
+    rows = [{"i": i, "text": "é\n" * int(draw.integers(0, 40))} for i in range(n)]
+    lines = ["\n" * int(draw.integers(0, 3) * (i % 5 == 0)) + json.dumps(row, ensure_ascii=bool(i % 2)) for i, row in enumerate(rows)]
+    return "\n".join(lines).encode(), rows
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 24])
+def test_rows_of_a_file_however_it_is_read(tmp_path, monkeypatch, block):
+    content, rows = random_lines(0, 50)
+    for end in (b"", b"\n", b"\n\n\n"):
+        file = tmp_path / f"{len(end)}.jsonl"
+        file.write_bytes(content + end)
+        real = open
+        small = lambda *args, **kwargs: SmallReads(real(*args, **kwargs), block) if args[1:] == ("rb",) else real(*args, **kwargs)
+        monkeypatch.setattr(common, "open", small, raising=False)
+        found = common.JsonLines(file)
+        monkeypatch.delattr(common, "open")
+        assert [found[i] for i in range(len(found))] == list(found) == rows
+
+
+class SmallReads:
+    """A file that hands out at most so many bytes at once."""
+
+    def __init__(self, file, n):
+        self.file, self.n = file, n
+
+    def read(self, n):
+        return self.file.read(min(n, self.n))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def test_several_files_are_numbered_through(tmp_path):
+    expected = []
+    for name, n in (("a.0", 7), ("a.1", 0), ("b", 3), ("c", 1)):
+        content, rows = random_lines(n, n)
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+        expected += rows
+    for path in (tmp_path, ", ".join(str(tmp_path / f"{name}.jsonl") for name in ("a.0", "a.1", "b", "c"))):
+        rows = common.JsonLines(path)
+        assert len(rows) == 11 and list(rows) == expected
+        numbers = np.array([10, 0, 6, 7, 9, 7])
+        sizes = [len(json.dumps(expected[i], ensure_ascii=bool(rows.locate(i)[1] % 2)).encode()) for i in numbers]
+        assert all(0 <= found - size <= 3 for found, size in zip(rows.lengths(numbers), sizes)), "bytes of a row, newlines after it included"
+        assert rows.name(7) == f"{tmp_path}/b.jsonl, row 1" and rows.name(6) == f"{tmp_path}/a.0.jsonl, row 7"
+        for outside in (-1, 11):
+            with pytest.raises(IndexError):
+                rows[outside]
+    (tmp_path / "b.jsonl").write_text('{"i": 1}\n[2]\n')
+    with pytest.raises(ValueError, match="b.jsonl, row 2 is not a JSON object"):
+        common.JsonLines(tmp_path)[8]
+    (tmp_path / "with, comma.jsonl").write_text("{}")
+    assert list(common.JsonLines(tmp_path / "with, comma.jsonl")) == [{}]
+    (tmp_path / "empty").mkdir()
+    for path in ("nowhere.jsonl", f"{tmp_path}/b.jsonl,nowhere.jsonl", tmp_path / "empty"):
+        with pytest.raises(FileNotFoundError, match=r"(nowhere|empty/\*).jsonl is missing"):
+            common.JsonLines(path)
+
+
+def test_index_is_kept_checked_and_made_anew(tmp_path, monkeypatch):
+    file, index = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.index"
+    write_jsonl(file, [{"i": i} for i in range(300)])
+    reads = []
+    flatnonzero = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda x: reads.append(1) or flatnonzero(x))
+
+    def whole():
+        """-> was the file gone through?"""
+        reads.clear()
+        rows = common.JsonLines(file)
+        assert [row["i"] for row in rows] == list(range(len(rows)))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.index"]
+        return bool(reads)
+
+    assert whole() and not whole(), "made once, then read"
+    good = index.read_bytes()
+    assert isinstance(common.JsonLines(file).starts[0], np.memmap)
+    for damaged in (b"", b"x", good[:-1], good[:-8], good[8:], good + good[-8:], good[:80] + bytes([good[80] ^ 4]) + good[81:], bytes(len(good))):
+        index.write_bytes(damaged)
+        assert whole() and index.read_bytes() == good, f"damaged index of {len(damaged)} bytes"
+    stat = file.stat()
+    write_jsonl(file, [{"i": i} for i in range(299)])  # another size
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert whole() and not whole()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert whole() and not whole()
+
+
+def test_index_that_cannot_be_kept(tmp_path, monkeypatch):
+    """A data folder that must not be written, or a full disk: the rows are there all the same, and nothing is left behind."""
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"i": i} for i in range(30)])
+    index = tmp_path / "rows.jsonl.index"
+    index.mkdir()  # root may write everywhere, but nobody can replace a folder by a file
+    assert [row["i"] for row in common.JsonLines(file)] == list(range(30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.index"]
+
+
+# -- audio files: another extension, more than a window --------------------------------------------------------------------
+
+
+def test_audio_path_with_another_extension(tmp_path):
+    wave = np.zeros(1600) + 0.1
+    for name in ("a.wav", "b.c.flac", "d.wav", "d.ogg", "e.wav"):
+        soundfile.write(tmp_path / name, wave, 16000)
+    (tmp_path / "e.flac").touch()
+    found = lambda path: audio_file(path, tmp_path).name
+    assert [found(path) for path in ("a.flac", "a.wav", "a.mp3", "b.c.wav", "b.c")] == ["a.wav", "a.wav", "a.wav", "b.c.flac", "b.c"]
+    assert found("e.flac") == "e.flac", "what is there is taken, whatever lies beside it"
+    for path in ("d.flac", "f.flac"):  # two candidates, none: the message names what was asked for
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such readable file"):
+            audio_windows(path, tmp_path, 3)
+
+
+@pytest.fixture(scope="module")
+def long_clips(tiny_world, tmp_path_factory):
+    """Folder with long.wav (7.5 s), longer.wav (10 s), short.wav (2 s), and their windows of 3 s as files of their own: long.0.wav, …"""
+    folder, random = tmp_path_factory.mktemp("long"), np.random.default_rng(0)
+    for name, seconds in (("long", 7.5), ("longer", 10), ("short", 2)):
+        wave = 0.2 * random.standard_normal(int(seconds * 16000)) * np.linspace(0.1, 1, int(seconds * 16000))
+        soundfile.write(folder / f"{name}.wav", wave, 16000, subtype="FLOAT")
+        for i, start in enumerate(range(0, len(wave), 48000)):
+            soundfile.write(folder / f"{name}.{i}.wav", wave[start : start + 48000], 16000, subtype="FLOAT")
+    return folder
+
+
+def load(world, long_audio, adapter=None):
+    torch.manual_seed(0)
+    return DeSTA.from_pretrained(
+        world.llm, world.whisper, adapter, dtype=torch.float32, device="cpu", long_audio=long_audio, **{} if adapter else world.adapter
+    )
+
+
+@pytest.fixture(scope="module")
+def splitting(tiny_world):
+    model = load(tiny_world, "split")
+    randomize(model.qformer)
+    return model
+
+
+def heard(name, text):
+    return {"audio": f"{name}.wav", "text": text}
+
+
+SEVERAL = [  # several audios in a turn, several turns with audio, long and short ones
+    {"role": "system", "content": "You hear clips."},
+    {"role": "user", "content": "First <|AUDIO|> then <|AUDIO|>.", "audios": [heard("long", "one two"), heard("short", " ")]},
+    {"role": "assistant", "content": "Noise."},
+    {"role": "user", "content": "And <|AUDIO|>, the same?", "audios": [heard("longer", "three")]},
+]
+
+
+@torch.no_grad()
+def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
+    model, n = splitting, splitting.qformer.config.n_queries
+    row = model.prepare({"messages": SEVERAL, "response": "No."}, long_clips)
+    assert [len(row["mels"]), row["ids"].count(AUDIO_ID)] == [3 + 1 + 4, (3 + 1 + 4) * n]
+    # Put together by hand: the same prompt with each window as a clip of its own, its vectors where the slot is.
+    windows = [f"long.{i}.wav" for i in range(3)] + ["short.0.wav"] + [f"longer.{i}.wav" for i in range(4)]
+    vectors = torch.cat([model.audio_vectors(model.mels(name, long_clips)) for name in windows])  # (8, n, d)
+    ids, transcript = torch.tensor(row["ids"]), lambda text: model.tokenizer.encode(text, special=False)
+    runs = [list(group) for group in torch.arange(len(ids))[ids == AUDIO_ID].split([3 * n, n, 4 * n])]
+    for run, text in zip(runs, ("one two", " ", "three")):
+        end = int(run[-1]) + 1
+        assert int(run[-1] - run[0]) == len(run) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
+    x = model.embed(ids[None], torch.stack(row["mels"]))[0]
+    torch.testing.assert_close(x[ids == AUDIO_ID], vectors.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(x[ids != AUDIO_ID], model.llm.embed(ids[ids != AUDIO_ID]))
+    # and answers are generated from that very sequence
+    answer = model.tokenizer.decode(llama.generate(model.llm, [x], 12, stop_ids=model.tokenizer.stop_ids)[0]).strip()
+    assert answer and model.generate(SEVERAL, 12, root=long_clips) == [answer]
+    others = [SEVERAL[:3] + [SEVERAL[3] | {"audios": [heard(f"longer.{i}", "three")]}] for i in range(4)]
+    assert model.generate([SEVERAL, *others], 12, root=long_clips) == [answer, *(model.generate(other, 12, root=long_clips)[0] for other in others)]
+
+
+def test_long_transcripts_may_be_as_long_as_the_windows_are_many(splitting, long_clips):
+    audio = heard("long", "la " * 1000)
+    ids, _ = splitting.read([{"role": "user", "content": "<|AUDIO|>", "audios": [audio]}], long_clips)
+    la = splitting.tokenizer.encode(" la", special=False)
+    assert 295 < sum(token in la for token in ids) < 305, "100 tokens a window"
+
+
+def test_transcripts_of_long_clips(splitting, long_clips):
+    alone = {name: splitting.whisper.transcribe([audio_windows(f"{name}.wav", long_clips, 3)[0]], seconds=3)[0] for name in
+             ("long.0", "long.1", "long.2", "short.0")}  # fmt: skip
+    clips = [audio_windows(f"{name}.wav", long_clips, 3, "split") for name in ("long", "short")]
+    expected = " ".join(alone[f"long.{i}"] for i in range(3) if alone[f"long.{i}"].strip()) or " "
+    assert len(expected) > len(alone["long.0"]) and transcribe_windows(splitting.whisper, clips, 3) == [expected, alone["short.0"]]
+    message = {"role": "user", "content": "<|AUDIO|>", "audios": [heard("long", None)]}
+    assert splitting._with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
+
+
+class Mute:
+    """A Whisper that hears something in every second window."""
+
+    def transcribe(self, windows, max_new_tokens, seconds):
+        return [f"w{i}" if i % 2 else " " for i in range(len(windows))]
+
+
+def test_silent_windows_leave_no_gap_in_the_transcript():
+    assert transcribe_windows(Mute(), [[0], [0, 0, 0], [0], [0]], 3) == [" ", "w1 w3", " ", "w5"]
+
+
+def test_cutting_names_the_file_and_what_is_lost_once(tiny_world, long_clips, capsys):
+    model = load(tiny_world, "")
+    almost = long_clips / "almost.wav"  # 3.05 s: no window for a rest that short, and no warning
+    soundfile.write(almost, np.full(int(3.05 * 16000), 0.1), 16000)
+    assert len(audio_windows(almost, ".", 3, "split")) == len(audio_windows(almost, ".", 3)) == 1
+    for _ in range(2):
+        for name in ("long", "longer", "short"):
+            assert torch.equal(model.mels(f"{name}.wav", long_clips), model.mels(f"{name}.0.wav", long_clips))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"warning: {long_clips}/{name}.wav lasts {total} s: the last {lost} s are not heard (--long_audio split hears them)"
+                     for name, total, lost in (("long", 7.5, 4.5), ("longer", "10.0", "7.0"))]  # fmt: skip
+
+
+def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path):
+    """generate_data.py transcribes, train.py trains on, and eval.py and model.py without being told hear all windows."""
+    segment = {"start": 0, "end": 7.5, "text": "x", "attributes": {"Kind": "kind 1"}}
+    write_jsonl(tmp_path / "metadata.jsonl", [{"id": "long.flac", "domain": "speech", "segments": [segment]}] * 4)
+    models = flags(llm=tiny_world.llm, whisper=tiny_world.whisper, audio_root=long_clips)
+    data = flags(metadata=tmp_path / "metadata.jsonl", out=tmp_path / "train.jsonl", instructions=tiny_world.instructions, audio_seconds=3)
+    with in_float32():
+        done = script("generate_data.py", *models, *data, "--long_audio", "split", "--keep_truncated", 1)
+    assert done.status == 0, done.err
+    text = read_jsonl(tmp_path / "train.jsonl")[0]["messages"][-1]["audios"][0]["text"]
+    windows = audio_windows("long.wav", long_clips, 3, "split")
+    whisper = load(tiny_world, "split").whisper
+    assert text == transcribe_windows(whisper, [windows], 3, 24)[0] != transcribe_windows(whisper, [windows[:1]], 3, 24)[0]
+    options = flags(data=tmp_path / "train.jsonl", eval_data="", out=tmp_path / "out", max_steps=2, global_batch=2, micro_batch=1, standardize=2)
+    done = script("train.py", *models, *options, *flags(**tiny_world.adapter), "--long_audio", "split")
+    assert done.status == 0 and "left out" not in done.err and "not heard" not in done.err, done.err
+    model = load(tiny_world, "", tmp_path / "out/adapter")
+    assert model.long_audio == "split" and len(model.mels("long.wav", long_clips)) == 3
+    assert load(tiny_world, "cut", tmp_path / "out/adapter").long_audio == "cut"
+    audio, ask = long_clips / "long.wav", flags(llm=tiny_world.llm, whisper=tiny_world.whisper, adapter=tmp_path / "out/adapter", max_new_tokens=6)
+    messages = [{"role": "user", "content": "<|AUDIO|>\n\nWho?", "audios": [{"audio": audio, "text": None}]}]
+    told = script("model.py", audio, "--prompt", "Who?", "--system", "", *ask)
+    model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "out/adapter")  # in the dtype that the command chose
+    assert (told.status, told.out, told.err) == (0, model.generate(messages, 6)[0] + "\n", "")
+    told = script("model.py", audio, "--prompt", "Who?", "--system", "", *ask, "--long_audio", "cut")
+    assert "the last 4.5 s are not heard" in told.err
+    for command in (["train.py", *options, *models], ["generate_data.py", *models, *data[:2], "--out", tmp_path / "x"]):
+        failed = script(*command, "--long_audio", "some")
+        assert failed.status == 1 and "'some' is neither cut nor split" in failed.err
