@@ -85,9 +85,9 @@ def barrier():
         dist.barrier()
 
 
-def sum_over_ranks(tensor):
+def sum_over_ranks(tensor, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 

@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from tokenizer import Tokenizer, read_json
@@ -185,14 +190,18 @@ class Llama(nn.Module):
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.model.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.sharded = False  # see shard_blocks
+        self.checkpoint_activations = False  # keep each block's input only, and compute the rest again on the way back
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Build on the meta device (no memory), then put each tensor of the files in its place."""
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", shard=False):
+        """Build on the meta device (no memory), then put each tensor of the files in its place. shard: see shard_blocks."""
         with torch.device("meta"):
-            llm = cls(LlamaConfig.from_json(Path(folder) / "config.json"))
+            llm = cls(LlamaConfig.from_json(Path(folder) / "config.json")).requires_grad_(False)
         if llm.config.tie_embeddings:
             llm.lm_head.weight = llm.model.embed_tokens.weight
+        if shard:
+            shard_blocks(llm, device)
         load_weights(llm, folder, dtype, device)
         return llm.eval().requires_grad_(False)
 
@@ -211,13 +220,48 @@ class Llama(nn.Module):
         T = x.shape[1]
         cos, sin = self.rope(torch.arange(T, device=x.device)[None] if positions is None else positions)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, cache, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, i, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, i)
         return self.model.norm(x)
 
     def forward(self, x):
         """Token ids (B, T) or embeddings (B, T, d_model) -> logits (B, T, vocab_size). Rows are right-padded, if at all."""
         x = x if x.is_floating_point() else self.embed(x)
         return self.lm_head(self.hidden_states(x))
+
+
+def shard_blocks(llm, device):
+    """FSDP2: of every block each process keeps 1 / world size, and all gather it when its turn comes, forward and backward.
+
+    So all processes must run hidden_states, and its backward pass, equally often. Embeddings and head stay whole.
+    """
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for block in llm.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(llm, mesh=mesh, ignored_params={llm.model.embed_tokens.weight, llm.model.norm.weight, llm.lm_head.weight})
+    register_fsdp_forward_method(llm, "hidden_states")  # the root's: the next block is gathered while this one computes
+    llm.sharded = True
+
+
+def add_lora(llm, rank, dropout=0.0):
+    """Beside W x in the q, k and v projections, a trained B A x of low rank (the paper's comparison; alpha = rank, so its scale is 1).
+
+    B starts at 0, so at first nothing changes. The parameters get peft's names, ….q_proj.lora_A.default.weight, as in the official files.
+    """
+
+    def correct(linear, inputs, output):
+        x = F.dropout(inputs[0], dropout, linear.training)
+        return output + F.linear(F.linear(x, linear.lora_A["default"].weight.to(x.dtype)), linear.lora_B["default"].weight.to(x.dtype))
+
+    device = llm.model.embed_tokens.weight.device
+    for block in llm.model.layers:
+        for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+            linear.lora_A = nn.ModuleDict({"default": nn.Linear(linear.in_features, rank, bias=False, device=device)})
+            linear.lora_B = nn.ModuleDict({"default": nn.Linear(rank, linear.out_features, bias=False, device=device)})
+            nn.init.zeros_(linear.lora_B["default"].weight)
+            linear.register_forward_hook(correct)
 
 
 def load_weights(module, folder, dtype, device):
@@ -244,6 +288,8 @@ def load_weights(module, folder, dtype, device):
                         misshapen.append(f"{name} {shape}, expected {wanted}")
                     elif name not in tied:
                         loaded[name] = tensors.get_tensor(name).to(dtype)
+                        if isinstance(p := parameters[name], DTensor):  # this process's part; the whole tensor is let go
+                            loaded[name] = distribute_tensor(loaded[name], p.device_mesh, p.placements, src_data_rank=None)
                     missing.discard(name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): download or make it again") from None

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import fail, write_atomically, write_text
-from llama import Llama, Prefix, generate
+from llama import Llama, Prefix, add_lora, generate
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
 from whisper import SAMPLE_RATE, Whisper, load_audio, log_mel, tap_layers
@@ -33,7 +33,7 @@ AUDIO, START, END = "<|AUDIO|>", "<start_audio>", "<end_audio>"
 AUDIO_ID = -1  # stands for one audio vector in a list of token ids; never reaches the embedding table
 MAX_TRANSCRIPT = 100  # tokens per window
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff")
-ADAPTER_PREFIX = "perception.connector."  # the official checkpoint's name of the Q-Former
+ADAPTER_PREFIX, LLM_PREFIX = "perception.connector.", "llm_model."  # the official checkpoint's names of the Q-Former and of the LLM
 NO_ADAPTER = "train an adapter with `torchrun train.py`, or download the released one"
 
 
@@ -149,19 +149,21 @@ def compute_dtype(device):
 
 
 class DeSTA(torch.nn.Module):
-    """Whisper + Q-Former + LLM. Only `self.qformer` has trainable parameters.
+    """Whisper + Q-Former + LLM. Only `self.qformer` has trainable parameters, and LoRA's matrices in the LLM, where they are asked for.
 
     llm_folder and whisper_folder name the frozen parts in the adapter's config.json.
     audio_seconds: clips are padded or cut to this. 30 in the paper; the demo's short clips take less.
     long_audio: what becomes of the rest of longer ones. "cut": it is lost, as in the paper. "split": the slot holds the vectors of
-    all windows of audio_seconds, one after the other.
+    all windows of audio_seconds, one after the other. lora_rank: see llama.add_lora; 0 leaves the LLM as it is.
     """
 
-    def __init__(self, llm, tokenizer, whisper, qformer, audio_seconds=30, llm_folder="", whisper_folder="", long_audio="cut"):
+    def __init__(self, llm, tokenizer, whisper, qformer, audio_seconds=30, llm_folder="", whisper_folder="", long_audio="cut", lora_rank=0):
         super().__init__()
         if long_audio not in ("cut", "split"):
             raise ValueError(f"long_audio {long_audio!r} is neither cut nor split")
-        self.long_audio = long_audio
+        self.long_audio, self.lora_rank = long_audio, lora_rank
+        if lora_rank:
+            add_lora(llm, lora_rank, qformer.config.dropout)
         self.llm, self.tokenizer, self.whisper, self.qformer = llm, tokenizer, whisper, qformer
         self.audio_seconds, self.llm_folder, self.whisper_folder = audio_seconds, str(llm_folder), str(whisper_folder)
         self.taps = tap_layers(whisper.config.encoder_layers)
@@ -169,14 +171,15 @@ class DeSTA(torch.nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, long_audio="", **qformer
-    ):
+        cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, long_audio="", lora_rank=0,
+        shard_llm=False, **qformer,
+    ):  # fmt: skip
         """Load the frozen parts from Hugging Face folders, and the adapter from its folder, if given.
 
         dtype: of the LLM, by default compute_dtype(device). audio_dtype: what Whisper and the Q-Former compute in, by
         default the same; the released model is run with float32. long_audio: see the class; by default as the adapter was
-        trained. Without an adapter a fresh Q-Former is made, for which audio_seconds and the fields n_layers, n_queries,
-        dropout of QFormerConfig can be given.
+        trained. shard_llm: see llama.shard_blocks. Without an adapter a fresh Q-Former is made, for which audio_seconds,
+        lora_rank and the fields n_layers, n_queries, dropout of QFormerConfig can be given.
         """
         device = device or default_device()
         dtype = dtype or compute_dtype(device)
@@ -186,14 +189,15 @@ class DeSTA(torch.nn.Module):
             saved = read_json(Path(adapter) / "config.json")
             qformer |= {"n_layers": saved["qformer_num_hidden_layers"], "n_queries": saved["prompt_size"]}
             audio_seconds, long_audio = saved.get("audio_seconds", 30), long_audio or saved.get("long_audio", "")
+            lora_rank = saved.get("lora_rank", 16 * bool(saved.get("use_lora")))  # the official code knows no other rank
         tokenizer = Tokenizer(llm)
         whisper_model = Whisper.from_pretrained(whisper, dtype=audio_dtype or dtype, device=device)
-        llm_model = Llama.from_pretrained(llm, dtype=dtype, device=device)
+        llm_model = Llama.from_pretrained(llm, dtype=dtype, device=device, shard=shard_llm)
         w = whisper_model.config
         n_taps = len(tap_layers(w.encoder_layers))
         config = QFormerConfig(w.d_model, w.encoder_attention_heads, llm_model.config.d_model, n_taps=n_taps, **qformer)
         adapter_module = QFormer(config).to(device)
-        model = cls(llm_model, tokenizer, whisper_model, adapter_module, audio_seconds, llm, whisper, long_audio or "cut")
+        model = cls(llm_model, tokenizer, whisper_model, adapter_module, audio_seconds, llm, whisper, long_audio or "cut", lora_rank)
         if adapter is not None:
             model.load_adapter(adapter)
         return model.eval()
@@ -201,6 +205,11 @@ class DeSTA(torch.nn.Module):
     @property
     def device(self):
         return self.llm.model.embed_tokens.weight.device
+
+    def trained(self):
+        """{name: parameter} of all that learns. LoRA's names are the official files'; the Q-Former's lack ADAPTER_PREFIX."""
+        lora = {f"{LLM_PREFIX}{name}": p for name, p in self.llm.named_parameters() if ".lora_" in name}
+        return dict(self.qformer.named_parameters()) | lora
 
     # -- audio in ------------------------------------------------------------------------------------------------------
 
@@ -261,8 +270,10 @@ class DeSTA(torch.nn.Module):
     def row_losses(self, rows):
         """Prepared rows -> (summed cross-entropy of each row's target (B,), number of its tokens (B,))."""
         # What all rows start with (template header, system prompt, examples) does not depend on trained weights.
-        P = 0
-        while len({row["ids"][P] for row in rows}) == 1 and rows[0]["ids"][P] != AUDIO_ID and P < min(len(row["ids"]) for row in rows) - 1:
+        # (With LoRA it does; and with a sharded LLM every rank must make the same number of passes.)
+        P, shortest = 0, min(len(row["ids"]) for row in rows)
+        may_share = not (self.lora_rank or self.llm.sharded)
+        while may_share and len({row["ids"][P] for row in rows}) == 1 and rows[0]["ids"][P] != AUDIO_ID and P < shortest - 1:
             P += 1
         prefix = self.frozen_prefix(rows[0]["ids"][:P])
         # Row b goes on with prompt + target without its last token, padded on the right: padding comes after everything,
@@ -272,6 +283,8 @@ class DeSTA(torch.nn.Module):
         positions = P + torch.arange(ids.shape[1], device=self.device)[None]
         mels = [mel for row in rows for mel in row["mels"]]
         x = self.embed(ids, torch.stack(mels) if mels else mels)
+        if self.llm.sharded and torch.is_grad_enabled():
+            x.requires_grad_()  # rows without audio too: the backward pass is one of those that every rank must make
         hidden = self.llm.hidden_states(x, prefix, positions)  # (B, T, d_llm)
         # Position len(prompt) - 1 + j predicts target token j. Pick these *before* the output head: its
         # vocabulary-sized product is the largest in the model, and most positions are prompt.
@@ -282,6 +295,14 @@ class DeSTA(torch.nn.Module):
         losses = F.cross_entropy(logits, targets, reduction="none")
         counts = torch.bincount(row_index, minlength=len(rows))
         return torch.zeros(len(rows), device=self.device).index_add(0, row_index, losses), counts
+
+    def take_part(self):
+        """What a rank without rows does while others compute theirs with a sharded LLM: gather and pass on all blocks as often as they do."""
+        weight = self.llm.model.embed_tokens.weight
+        x = weight.new_zeros(1, 1, weight.shape[1], requires_grad=torch.is_grad_enabled())
+        hidden = self.llm.hidden_states(x)
+        if hidden.requires_grad:
+            hidden.sum().backward()
 
     def loss(self, rows, n_target_tokens=None, root="."):
         """Mean cross-entropy of the target tokens of rows (training rows, or what `prepare` made of them) -> scalar.
@@ -344,9 +365,12 @@ class DeSTA(torch.nn.Module):
             "placeholder_token": "<|reserved_special_token_87|>",  # what the official code writes; ours needs none
             "audio_seconds": self.audio_seconds,  # this and what follows is ours
             "long_audio": self.long_audio,
+            "use_lora": bool(self.lora_rank),  # official again
+            "lora_rank": self.lora_rank,
         }
-        state = self.qformer.official_state_dict()
-        tensors = {ADAPTER_PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        state = {ADAPTER_PREFIX + name: tensor for name, tensor in self.qformer.official_state_dict().items()}
+        state |= {name: p.detach() for name, p in self.trained().items() if name.startswith(LLM_PREFIX)}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         write_atomically(folder / "model.safetensors", lambda file: save_file(tensors, file))
         write_text(folder / "config.json", json.dumps(config, indent=2))
 
@@ -362,13 +386,14 @@ class DeSTA(torch.nn.Module):
             loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in load_file(file).items()}
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): use an older checkpoint or train again") from None
-        wanted = {name: tensor.shape for name, tensor in self.qformer.state_dict().items()}
+        wanted = {name: parameter.shape for name, parameter in self.trained().items()}
         wrong = [f"{n} {tuple(t.shape)}, expected {tuple(wanted[n])}" for n, t in loaded.items() if n in wanted and t.shape != wanted[n]]
         problems = {"missing": sorted(wanted.keys() - loaded), "unknown": sorted(loaded.keys() - wanted), "wrong shape": wrong}
         if any(problems.values()):
             lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
             raise ValueError(f"{file} does not fit this Whisper and LLM. {lists}")
-        self.qformer.load_state_dict(loaded)
+        for name, parameter in self.trained().items():
+            parameter.data.copy_(loaded[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ class Settings:
     n_queries: int = setting(16, "audio vectors per clip; paper: 64")
     audio_seconds: int = setting(6, "clips are padded or cut to this; paper: 30")
     long_audio: str = setting("cut", "what becomes of longer clips: cut, as in the paper, or split into windows that are all heard")
-    dropout: float = setting(0.0, "in the Q-Former; paper: 0.1")
+    dropout: float = setting(0.0, "in the Q-Former, and in LoRA; paper: 0.1")
+    lora_rank: int = setting(0, "train LoRA on the LLM's q, k, v too; 16 in the paper's comparison, 0 for the method itself")
     standardize: int = setting(256, "clips to fit the initial weights to: taps to unit variance; output spread like the LLM's embeddings; paper: 0")
     # optimisation
     lr: float = setting(1e-3, "peak learning rate; paper: 1e-4")
@@ -63,6 +64,8 @@ class Settings:
     eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all")
     save_every: int = setting(60, "steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
+    shard_llm: int = setting(0, "1: each process keeps its part of the frozen LLM (FSDP2), for GPUs that cannot hold it")
+    checkpoint_activations: int = setting(0, "1: compute the LLM's blocks twice instead of keeping what is in them")
     workers: int = setting(-1, "data-loading processes; -1 means 0 on CPU, 4 per GPU")
 
 
@@ -210,10 +213,14 @@ def evaluate(model, rows, batch_size):
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # right, wrong, tokens
     swapped = [row | {"mels": other["mels"]} for row, other in zip(rows, rows[1:] + rows[:1])]
-    for start in range(0, len(rows), batch_size):
-        right, counts = model.row_losses(rows[start : start + batch_size])
-        wrong, _ = model.row_losses(swapped[start : start + batch_size])
-        totals += torch.stack([right.sum(), wrong.sum(), counts.sum()]).double()
+    most = common.sum_over_ranks(torch.tensor(len(rows), device=model.device), dist.ReduceOp.MAX)
+    for start in range(0, most, batch_size):
+        if start < len(rows):
+            right, counts = model.row_losses(rows[start : start + batch_size])
+            wrong, _ = model.row_losses(swapped[start : start + batch_size])
+            totals += torch.stack([right.sum(), wrong.sum(), counts.sum()]).double()
+        elif model.llm.sharded:
+            model.take_part(), model.take_part()
     right, wrong, tokens = common.sum_over_ranks(totals).tolist()
     model.train()
     return {"eval_loss": right / tokens, "eval_loss_wrong_clip": wrong / tokens}
@@ -229,9 +236,9 @@ def save_checkpoint(model, optimizer, step, settings):
     temporary = folder.with_name("writing.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_adapter(temporary / "adapter")
-    state = {f"weight.{name}": tensor for name, tensor in model.qformer.state_dict().items()}
-    state |= {"tap_mean": model.qformer.tap_mean, "tap_std": model.qformer.tap_std}
-    for name, parameter in model.qformer.named_parameters():
+    state = {"tap_mean": model.qformer.tap_mean, "tap_std": model.qformer.tap_std}
+    for name, parameter in model.trained().items():
+        state[f"weight.{name}"] = parameter.detach()
         state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     common.write_atomically(temporary / "trainer.safetensors", lambda file: save_file({k: t.contiguous().cpu() for k, t in state.items()}, file))
     common.write_text(temporary / "trainer.json", json.dumps({"step": step, "settings": dataclasses.asdict(settings)}, indent=2))
@@ -249,14 +256,15 @@ def load_checkpoint(model, optimizer, settings):
         return 0
     saved = json.loads((folders[-1] / "trainer.json").read_text())
     free = {"max_steps", "epochs", "eval_every", "eval_rows", "save_every", "keep", "workers", "micro_batch", "out"}
+    free |= {"shard_llm", "checkpoint_activations"}
     before = dataclasses.asdict(Settings()) | saved["settings"]  # a setting that is newer than the checkpoint had its default
     changed = [k for k, v in dataclasses.asdict(settings).items() if k not in free and before[k] != v]
     if changed:
         raise ValueError(f"{folders[-1]} was made with another {', '.join(changed)}: give the same settings, or another --out")
     state = load_file(folders[-1] / "trainer.safetensors", device=str(model.device))
-    model.qformer.load_state_dict({name: state[f"weight.{name}"] for name in model.qformer.state_dict()})
     model.qformer.standardize(state["tap_mean"], state["tap_std"])
-    for name, parameter in model.qformer.named_parameters():
+    for name, parameter in model.trained().items():
+        parameter.data.copy_(state[f"weight.{name}"])
         optimizer.state[parameter] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
     return saved["step"]
@@ -273,15 +281,18 @@ def main():
     talk = print if rank == 0 else lambda *args, **kwargs: None
     if s.global_batch % (s.micro_batch * world):
         raise ValueError(f"global_batch {s.global_batch} is not a multiple of micro_batch {s.micro_batch} x {world} processes")
+    if s.shard_llm and not dist.is_initialized():
+        raise ValueError("--shard_llm shares the LLM out among processes: start them with torchrun --nproc_per_node=N")
     n_micro = s.global_batch // (s.micro_batch * world)
     talk(f"{s.global_batch} rows a step = {s.micro_batch} rows x {world} processes x {n_micro} accumulation steps")
     torch.manual_seed(s.seed)  # every rank starts from the same Q-Former
 
     # model and data
     model = DeSTA.from_pretrained(
-        s.llm, s.whisper, device=device, audio_seconds=s.audio_seconds, long_audio=s.long_audio,
+        s.llm, s.whisper, device=device, audio_seconds=s.audio_seconds, long_audio=s.long_audio, lora_rank=s.lora_rank, shard_llm=bool(s.shard_llm),
         n_layers=s.n_layers, n_queries=s.n_queries, dropout=s.dropout,
     )  # fmt: skip
+    model.llm.checkpoint_activations = bool(s.checkpoint_activations)
     data = Rows(s.data, model, s)
     steps_per_epoch = len(data) // s.global_batch
     if steps_per_epoch == 0:
@@ -295,13 +306,12 @@ def main():
         held_out = [row for row in held_out if len(row["mels"]) == 1]  # one clip of one window: can be exchanged
         if not common.sum_over_ranks(torch.tensor(len(held_out), device=device)):
             raise ValueError(f"{s.eval_data} has no usable row with one clip: is --audio_root right?")
-    trained = sum(p.numel() for p in model.qformer.parameters())
-    frozen = sum(p.numel() for part in (model.llm, model.whisper) for p in part.parameters())
-    talk(f"{len(data):,} rows, {steps_per_epoch} steps an epoch, {last_step} steps; {trained:,} trained and {frozen:,} frozen parameters")
+    weights = list(model.trained().values())
+    trained, total = (sum(p.numel() for p in parameters) for parameters in (weights, model.parameters()))
+    talk(f"{len(data):,} rows, {steps_per_epoch} steps an epoch, {last_step} steps; {trained:,} trained and {total - trained:,} frozen parameters")
 
     # optimizer, resume
     model.train()
-    weights = list(model.qformer.parameters())
     optimizer = torch.optim.AdamW(weights, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
     first_step = load_checkpoint(model, optimizer, s)
     if first_step:
@@ -372,6 +382,8 @@ def main():
                 if part.requires_grad:  # not so where no row of the micro-batch has audio
                     part.backward()
                 loss += part.detach()
+            elif s.shard_llm:
+                model.take_part()
         # Each rank holds the gradient of its rows, already divided by the tokens of all: their sum is the gradient of the
         # global mean. DistributedDataParallel would do the same, but hangs on a micro-batch without any audio.
         for weight in weights:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import flags, in_float32, randomize, read_jsonl, script, write_jsonl
+import transformers
+from conftest import flags, in_float32, randomize, read_jsonl, script, torchrun, write_jsonl
+from safetensors.torch import load_file
 
 import common
 import llama
@@ -266,3 +268,155 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     for command in (["train.py", *options, *models], ["generate_data.py", *models, *data[:2], "--out", tmp_path / "x"]):
         failed = script(*command, "--long_audio", "some")
         assert failed.status == 1 and "'some' is neither cut nor split" in failed.err
+
+
+# -- LoRA ------------------------------------------------------------------------------------------------------------------
+
+
+def with_lora(world, rank, adapter=None, dropout=0.0, **options):
+    torch.manual_seed(0)
+    settings = {} if adapter else world.adapter | dict(lora_rank=rank, dropout=dropout)
+    return DeSTA.from_pretrained(world.llm, world.whisper, adapter, dtype=torch.float32, device="cpu", **settings | options)
+
+
+def test_lora_begins_without_effect_and_then_equals_merged_weights(tiny_world):
+    """B = 0: the LLM answers as before. B random: as transformers' model does with W + B A in place of W."""
+    torch.manual_seed(0)
+    plain, ours = with_lora(tiny_world, 0), with_lora(tiny_world, 3)
+    ids = torch.randint(0, 49152, (2, 20))
+    assert torch.equal(ours.llm(ids), plain.llm(ids))
+    lora = {name: p for name, p in ours.trained().items() if "lora" in name}
+    assert {name: tuple(p.shape) for name, p in lora.items() if ".0.self" in name} == {
+        f"llm_model.model.layers.0.self_attn.{part}_proj.lora_{matrix}.default.weight": shape
+        for part, width in (("q", 64), ("k", 32), ("v", 32)) for matrix, shape in (("A", (3, 64)), ("B", (width, 3)))
+    } and len(lora) == 2 * 3 * 2  # fmt: skip
+    assert not any(p.any() for name, p in lora.items() if "lora_B" in name) and all(p.any() for name, p in lora.items() if "lora_A" in name)
+    for p in lora.values():
+        torch.nn.init.normal_(p, std=0.3)
+    reference = transformers.LlamaForCausalLM.from_pretrained(tiny_world.llm, dtype=torch.float32)
+    for name, a in lora.items():
+        if "lora_A" in name:  # peft: W + alpha / rank * B A, with alpha = rank
+            target = reference.get_parameter(name.removeprefix("llm_model.").replace("lora_A.default.", ""))
+            target.data += lora[name.replace("lora_A", "lora_B")].data @ a.data
+    expected = reference(ids).logits
+    assert (expected - plain.llm(ids)).abs().max() > 0.1
+    torch.testing.assert_close(ours.llm(ids), expected, atol=2e-5, rtol=1e-4)
+    answers = llama.generate(ours.llm, ids.tolist(), 8)
+    for prompt, answer in zip(ids.tolist(), answers):
+        assert reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 20:].tolist() == answer
+
+
+def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
+    model = with_lora(tiny_world, 2)
+    for name, p in model.trained().items():
+        if "lora" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    rows = [model.prepare(row, tiny_world.data) for row in tiny_world.rows[:3]]
+    loss = model.loss(rows)
+    loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {f"qformer.{name}" for name in dict(model.qformer.named_parameters())} | {
+        name.replace("llm_model.", "llm.") for name in model.trained() if "lora" in name
+    }
+    assert all(p.grad.any() for name, p in model.trained().items() if "lora" in name)
+    # the derivative along a random direction of B, by differences: the beginning that rows share counts too
+    name = "llm_model.model.layers.0.self_attn.v_proj.lora_B.default.weight"
+    p, step = model.trained()[name], 1e-2
+    direction = torch.randn_like(p)
+    slope = (p.grad * direction).sum().item()
+    values = []
+    for sign in (1, -2):
+        p.data += sign * step * direction
+        values.append(model.loss(rows).item())
+    p.data += step * direction
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=0.02, abs=1e-4)
+
+    model.save_adapter(tmp_path / "a")
+    file, config = load_file(tmp_path / "a/model.safetensors"), json.loads((tmp_path / "a/config.json").read_text())
+    assert set(file) == {name if "lora" in name else f"perception.connector.{name}" for name in model.trained()}
+    assert (config["use_lora"], config["lora_rank"]) == (True, 2)
+    again = with_lora(tiny_world, 0, tmp_path / "a")
+    assert torch.equal(again.loss(rows), model.loss(rows)) and all(torch.equal(p, again.trained()[name]) for name, p in model.trained().items())
+    again.save_adapter(tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    # an adapter of the official code says use_lora only; its rank is 16
+    del config["lora_rank"]
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lora_A.default.weight \(2, 64\), expected \(16, 64\)"):
+        with_lora(tiny_world, 0, tmp_path / "a")
+
+
+def test_lora_dropout_in_training_only(tiny_world):
+    model = with_lora(tiny_world, 2, dropout=0.5)
+    for p in model.trained().values():
+        torch.nn.init.normal_(p, std=0.3)
+    ids = torch.randint(0, 49152, (1, 9))
+    assert torch.equal(model.llm(ids), model.llm(ids))
+    model.train()
+    assert not torch.equal(model.llm(ids), model.llm(ids))
+
+
+# -- many processes, small cards ---------------------------------------------------------------------------------------------
+
+
+def train_command(world, out, **changes):
+    settings = dict(
+        data=world.data / "train.jsonl", eval_data=world.data / "test.jsonl", out=out, max_steps=3, global_batch=8, micro_batch=2, warmup=2,
+        standardize=4, eval_every=2, eval_rows=3, save_every=1, keep=9, **world.adapter,
+    )  # fmt: skip
+    return ["train.py", *world.models, *flags(**settings | changes)]
+
+
+def assert_same_run(a, b):
+    """The same log and the same adapter after every step, to rounding; and something was learned."""
+    for one, two in zip(read_jsonl(a / "log.jsonl"), read_jsonl(b / "log.jsonl"), strict=True):
+        for key in {"step", "loss", "lr", "grad_norm", "eval_loss", "eval_loss_wrong_clip"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-4), f"{key} at step {one['step']}"
+    first = load_file(a / "checkpoints/step_00000001/adapter/model.safetensors")
+    for step in (1, 2, 3):
+        one, two = (load_file(out / f"checkpoints/step_{step:08d}/adapter/model.safetensors") for out in (a, b))
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"step {step}, {name}: {m}")
+    assert max((one[name] - first[name]).abs().max() for name in one) > 1e-3, "nothing was learned: this test shows nothing"
+
+
+@pytest.fixture(scope="module")
+def uneven_world(tiny_world, tmp_path_factory):
+    """Rows of which some cannot be used and some have no audio: micro-batches of one rank are empty or without gradient to the Q-Former."""
+    rows, bad = tiny_world.rows, tiny_world.rows[0] | {"response": None}
+    text = tiny_world.rows[0] | {"messages": [{"role": "user", "content": "Say hello."}]}
+    lines = [bad] * 9 + [text] * 5 + rows[:10]
+    return write_jsonl(tmp_path_factory.mktemp("uneven") / "rows.jsonl", lines)
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sharded_llm_and_checkpointed_activations_change_nothing(tiny_world, uneven_world, tmp_path, float32, lora_rank):
+    """Two processes with both against one without: with uneven batches, one held-out row for two ranks, dropout, LoRA."""
+    options = dict(data=uneven_world, dropout=0.1, eval_rows=1, micro_batch=1, lora_rank=lora_rank)
+    assert script(*train_command(tiny_world, tmp_path / "one", **options)).status == 0
+    said = torchrun(2, *train_command(tiny_world, tmp_path / "two", shard_llm=1, checkpoint_activations=1, **options))
+    assert said.count("row left out") >= 3
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_checkpointed_activations_alone(tiny_world):
+    """One process, with a beginning that the rows share: the same loss and gradients bit for bit, and each block's input is all that is kept."""
+    model = with_lora(tiny_world, 0)
+    rows, found = [model.prepare(row, tiny_world.data) for row in tiny_world.rows[:4]], []
+    for model.llm.checkpoint_activations in (False, True):
+        model.zero_grad()
+        loss = model.loss(rows)
+        loss.backward()
+        found.append([loss, *(p.grad.clone() for p in model.qformer.parameters())])
+    assert all(map(torch.equal, *found))
+    weights, x, kept = {p.data_ptr() for p in model.parameters()}, torch.randn(3, 50, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.llm.hidden_states(x)
+    sizes = {t.data_ptr(): t.untyped_storage().nbytes() for t in kept if t.data_ptr() not in weights}
+    tables, norm, blocks = 2 * 50 * 16 * 4, 3 * 50 * 4, 2 * x.nbytes  # cos and sin; 1 / rms of each position
+    assert sum(sizes.values()) <= blocks + tables + norm + x.nbytes, "two blocks' inputs, and what the final norm needs"
+
+
+def test_sharding_needs_processes(tiny_world, tmp_path):
+    failed = script(*train_command(tiny_world, tmp_path, shard_llm=1))
+    assert failed.status == 1 and "torchrun --nproc_per_node=N" in failed.err
