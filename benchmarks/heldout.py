@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_NEW_TOKENS = 48  # as long as a target can be
+MAX_NEW_TOKENS = 36  # as long as a target can be
 SLOTS = ("description", "right", "wrong", "none")
 ANSWERS = ("text", "right", "wrong", "same_domain")
 
