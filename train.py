@@ -49,7 +49,7 @@ class Settings:
     # optimisation
     lr: float = setting(1e-3, "peak learning rate; paper: 1e-4")
     warmup: int = setting(20, "steps of linear warm-up; paper: 2000")
-    epochs: int = setting(1, "passes over the data; paper: 5")
+    epochs: int = setting(2, "passes over the data; paper: 5")
     max_steps: int = setting(-1, "stop here instead; the cosine ends here too; -1 means after the epochs")
     global_batch: int = setting(8, "rows per step over all processes; paper: 96")
     micro_batch: int = setting(4, "rows per forward pass of one process; paper: 12. Gradient accumulation follows from it")
