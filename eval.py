@@ -4,6 +4,7 @@ eval.py: run a benchmark, write predictions in the form its authors' scorer read
     python eval.py                                                      # the demo's held-out clips
     torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json --audio_root DIR --llm DIR --whisper DIR --adapter DIR --out P.jsonl
     python eval.py --task mmau --score P.jsonl                          # score anybody's predictions: no model needed
+    python eval.py --task mmau --score P.jsonl,COT.jsonl                # several side by side: here without and with --cot 1
 
 Tasks are the files of benchmarks/: what to ask and how to score stands there. The last line printed is one JSON object.
 """
@@ -29,11 +30,11 @@ class Settings:
     whisper: str = setting("weights/whisper-tiny.en", "Hugging Face folder")
     adapter: str = setting("out/demo/adapter", "folder written by train.py, or the released one")
     out: str = setting("out/demo/predictions.jsonl", "predictions to write; scores go to OUT.scores.json, the official form to OUT.official")
-    score: str = setting("", "score this predictions file, without a model")
+    score: str = setting("", "score this predictions file, without a model; several, separated by commas, side by side")
     judge: str = setting("", "Hugging Face folder of a local LLM that stands in for the official judge")
-    text_only: int = setting(0, "1: the backbone answers from the benchmark's text, without audio (Speech-IFEval's reference)")
-    system: str = setting("", "system prompt instead of the benchmark's own")
-    cot: int = setting(0, "1: ask for step-by-step reasoning before the answer")
+    text_only: int = setting(0, "1: the backbone alone answers from the text of the audio (the reference of speech_ifeval)")
+    system: str = setting("", "system prompt instead of the benchmark's own, or a .json file of messages: with worked examples")
+    cot: int = setting(0, "1: ask for step-by-step reasoning before the answer (our wording)")
     precision: str = setting("fast", "official: Whisper and Q-Former in float32")
     long_audio: str = setting("", "cut or split: whether more than the adapter's window is heard; '' means as it was trained")
     max_new_tokens: int = setting(-1, "-1 means the benchmark's own limit")
@@ -51,16 +52,22 @@ def answer(model, rows, task, max_new_tokens, root, **options):
     return [task.with_answer(row, text) for row, text in zip(rows, answers)]
 
 
-def print_scores(scores, indent=0):
-    """Nested dicts as an indented list; lists of three numbers are a value and its 95 % interval."""
-    for name, value in scores.items():
-        if isinstance(value, dict):
+def as_text(value):
+    """Three numbers are a value and its 95 % interval."""
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
+        return "{:.3f}  [{:.3f}, {:.3f}]".format(*value)
+    return str(value)
+
+
+def print_scores(columns, indent=0):
+    """Nested dicts as an indented list; of several predictions files, the values side by side."""
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, "-") for column in columns]
+        if any(isinstance(value, dict) for value in values):
             print("  " * indent + str(name))
-            print_scores(value, indent + 1)
+            print_scores([value if isinstance(value, dict) else {} for value in values], indent + 1)
         else:
-            if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
-                value = "{:.3f}  [{:.3f}, {:.3f}]".format(*value)
-            print("  " * indent + f"{name:<{max(1, 36 - 2 * indent)}} {value}")
+            print("  " * indent + f"{name:<{max(1, 36 - 2 * indent)}} " + "  ".join(f"{as_text(value):<24}" for value in values).rstrip())
 
 
 def main():
@@ -69,25 +76,31 @@ def main():
     if s.task not in tasks:
         raise ValueError(f"--task {s.task!r} is none of {', '.join(tasks)}")
     task = importlib.import_module(f"benchmarks.{s.task}")
+    if s.judge and not hasattr(task, "judge_messages"):
+        raise ValueError(f"--task {s.task} is scored by rules alone: it takes no --judge")
     if s.score:
-        rank, rows = 0, task.read_predictions(s.score)
+        files = [s.score] if Path(s.score).exists() else s.score.split(",")
+        rank, predictions = 0, {file: task.read_predictions(file) for file in files}
     else:
         rank, rows = predict(s, task)
+        predictions = {s.out: rows}
     if rank == 0:
         # With --score, a --data file holds the benchmark's labels: predictions made for another revision are found out.
         labels = {"labels": s.data} if s.score and s.data != Settings.data else {}
-        scores = task.score(rows, make_judge(s) if s.judge else None, **labels)
-        print_scores(scores)
+        judge = make_judge(s) if s.judge else None
+        scores = {file: task.score(rows, judge, **labels) for file, rows in predictions.items()}
+        print_scores([{"predictions": file} | score for file, score in scores.items()])
         if not s.score:
-            common.write_text(f"{s.out}.scores.json", json.dumps(scores, indent=2))
+            common.write_text(f"{s.out}.scores.json", json.dumps(scores[s.out], indent=2))
             if hasattr(task, "dump"):  # where the official scorer does not read JSONL
                 task.dump(rows, f"{s.out}.official")
-        print(json.dumps(task.summary(scores)))
+        summaries = {file: task.summary(score) for file, score in scores.items()}
+        print(json.dumps(summaries if len(summaries) > 1 else [*summaries.values()][0]))
 
 
 def predict(s, task):
     """Answer all rows, on all ranks, continuing an interrupted run. -> (rank, finished rows)"""
-    from model import DeSTA, torch
+    from model import DeSTA, opening, torch
 
     rank, world, device = common.start_processes()
     try:
@@ -96,16 +109,20 @@ def predict(s, task):
         raise ValueError(f"--options {s.options!r} is not JSON: {error}") from None
     options = {"text_only": bool(s.text_only), "cot": bool(s.cot), "system": s.system or None} | options
     accepted = inspect.signature(task.load).parameters
-    if "_" not in accepted and (unknown := [k for k, v in options.items() if v and k not in accepted]):
+    if unknown := [k for k, v in options.items() if v and k not in accepted]:
         raise ValueError(f"--task {s.task} takes no {', '.join(unknown)}")
     rows = task.load(s.data, s.audio_root, **{k: v for k, v in options.items() if k in accepted})
     rows = rows[: s.limit if s.limit >= 0 else None]
+    if s.system.endswith(".json"):
+        rows = [row | {"messages": [*opening(s.system), *row["messages"][1:]]} for row in rows]
     max_new_tokens = s.max_new_tokens if s.max_new_tokens >= 0 else task.MAX_NEW_TOKENS
     audio_dtype = torch.float32 if s.precision == "official" else None
-    model = DeSTA.from_pretrained(s.llm, s.whisper, s.adapter, device=device, audio_dtype=audio_dtype, long_audio=s.long_audio)
+    ears = (None, None) if s.text_only else (s.whisper, s.adapter)
+    model = DeSTA.from_pretrained(s.llm, *ears, device=device, audio_dtype=audio_dtype, long_audio=s.long_audio)
     if rank == 0:
-        system = s.system or getattr(task, "SYSTEM", "that of each row")
-        print(f"{s.task}: {len(rows)} rows, at most {max_new_tokens} new tokens, temperature {s.temperature}, system prompt: {system}")
+        sampling = f"temperature {s.temperature}, top-p {s.top_p}" if s.temperature else "greedy"
+        print(f"{s.task}: {len(rows)} rows, at most {max_new_tokens} new tokens, {sampling}; prompt of the first row:")
+        print("".join(f"  {message['role']}: {message['content']}\n" for row in rows[:1] for message in row["messages"]))
 
     def make(indices):
         with torch.no_grad():
@@ -115,7 +132,7 @@ def predict(s, task):
                 temperature=s.temperature, top_p=s.top_p, batch_size=s.batch_size,
             )  # fmt: skip
 
-    stamp = {"settings": dataclasses.asdict(s), "adapter": common.file_hash(s.adapter)}
+    stamp = {"settings": dataclasses.asdict(s), "adapter": None if s.text_only else common.file_hash(s.adapter)}
     parts = common.work_in_blocks(len(rows), s.block, f"{s.out}.parts", stamp, rank, world, make)
     finished = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
     if rank == 0:
@@ -129,19 +146,15 @@ def predict(s, task):
 
 def make_judge(s):
     """A local LLM as judge: list of conversations -> list of verdict texts. Greedy, as the official judges are run."""
-    from llama import Llama, generate
-    from model import compute_dtype, default_device
-    from tokenizer import Tokenizer
+    from model import DeSTA
 
-    tokenizer = Tokenizer(s.judge)
-    judge = Llama.from_pretrained(s.judge, compute_dtype(default_device()), default_device())
+    llm = DeSTA.from_pretrained(s.judge, None)
 
-    def ask(conversations):
-        prompts = [tokenizer.encode(tokenizer.apply_chat_template(messages)) for messages in conversations]
-        answers = generate(judge, prompts, 512, stop_ids=tokenizer.stop_ids, batch_size=s.batch_size, progress=True)
-        return [tokenizer.decode(ids).strip() for ids in answers]
+    def judge(conversations):
+        return llm.generate(conversations, 512, batch_size=s.batch_size, progress=True)
 
-    return ask
+    judge.name = Path(s.judge).resolve().name
+    return judge
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class DeSTA(torch.nn.Module):
             add_lora(llm, lora_rank, qformer.config.dropout)
         self.llm, self.tokenizer, self.whisper, self.qformer = llm, tokenizer, whisper, qformer
         self.audio_seconds, self.llm_folder, self.whisper_folder = audio_seconds, str(llm_folder), str(whisper_folder)
-        self.taps = tap_layers(whisper.config.encoder_layers)
+        self.taps = tap_layers(whisper.config.encoder_layers) if whisper else None
         self.kept_prefix = None, None  # see frozen_prefix
 
     @classmethod
@@ -179,7 +179,8 @@ class DeSTA(torch.nn.Module):
         dtype: of the LLM, by default compute_dtype(device). audio_dtype: what Whisper and the Q-Former compute in, by
         default the same; the released model is run with float32. long_audio: see the class; by default as the adapter was
         trained. shard_llm: see llama.shard_blocks. Without an adapter a fresh Q-Former is made, for which audio_seconds,
-        lora_rank and the fields n_layers, n_queries, dropout of QFormerConfig can be given.
+        lora_rank and the fields n_layers, n_queries, dropout of QFormerConfig can be given. whisper None: the LLM alone,
+        which reads descriptions in the audio slots.
         """
         device = device or default_device()
         dtype = dtype or compute_dtype(device)
@@ -191,6 +192,8 @@ class DeSTA(torch.nn.Module):
             audio_seconds, long_audio = saved.get("audio_seconds", 30), long_audio or saved.get("long_audio", "")
             lora_rank = saved.get("lora_rank", 16 * bool(saved.get("use_lora")))  # the official code knows no other rank
         tokenizer = Tokenizer(llm)
+        if whisper is None:
+            return cls(Llama.from_pretrained(llm, dtype=dtype, device=device), tokenizer, None, None, llm_folder=llm).eval()
         whisper_model = Whisper.from_pretrained(whisper, dtype=audio_dtype or dtype, device=device)
         llm_model = Llama.from_pretrained(llm, dtype=dtype, device=device, shard=shard_llm)
         w = whisper_model.config
@@ -220,7 +223,7 @@ class DeSTA(torch.nn.Module):
 
     def read(self, messages, root=".", fill=None):
         """A conversation -> (token ids of its prompt, list of the log-mels that its AUDIO_IDs stand for). fill: see build_prompt."""
-        fill = fill or audio_slot(self.tokenizer, self.qformer.config.n_queries)
+        fill = fill or (audio_slot(self.tokenizer, self.qformer.config.n_queries) if self.qformer else description_slot(self.tokenizer))
         mels = []
 
         def fill_and_hear(audio):
@@ -341,6 +344,8 @@ class DeSTA(torch.nn.Module):
 
     def _with_transcripts(self, conversations, root):
         """The same conversations, with every missing ("text": None) transcript written by Whisper, all in one batch."""
+        if self.whisper is None:
+            return conversations
         files = [a["audio"] for c in conversations for a in audios_of(c) if a.get("text") is None]
         clips = [audio_windows(file, root, self.audio_seconds, self.long_audio) for file in files]
         texts = iter(transcribe_windows(self.whisper, clips, self.audio_seconds))

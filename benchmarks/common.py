@@ -89,7 +89,7 @@ def check(rows, audio_root, skip_missing):
         if row["id"] in seen:
             raise ValueError(f"two rows have the id {row['id']!r}")
         seen.add(row["id"])
-        audios = [a["audio"] for turn in row["messages"] for a in turn.get("audios", [])]
+        audios = [a["audio"] for turn in row["messages"] for a in turn.get("audios", []) if "description" not in a]
         absent = [audio for audio in audios if not (Path(audio_root) / audio).is_file()]
         missing += [(row["id"], audio) for audio in absent]
         if not absent:
@@ -97,7 +97,7 @@ def check(rows, audio_root, skip_missing):
     if missing:
         text = f"{len(rows) - len(good)} of {len(rows)} rows lack their audio under {audio_root}; first: row {missing[0][0]}, {missing[0][1]}"
         if not skip_missing:
-            raise FileNotFoundError(text + " (skip_missing leaves such rows out and counts them)")
+            raise FileNotFoundError(text + """ (--options '{"skip_missing": true}' leaves such rows out and counts them)""")
         warn(text + "; these rows are left out")
     return good
 
@@ -154,7 +154,8 @@ def tally(pairs):
 
 
 def ask(judge, prompts):
-    """The judge's answers; `judge` maps a list of messages lists to a list of texts."""
+    """The judge's answers; `judge` maps a list of messages lists to a list of texts. An answer that says <|AUDIO|> makes no slot."""
+    prompts = [[turn | {"content": turn["content"].replace("<|AUDIO|>", "")} for turn in messages] for messages in prompts]
     answers = judge(prompts) if prompts else []
     if len(answers) != len(prompts):
         raise ValueError(f"the judge gave {len(answers)} answers to {len(prompts)} questions")

@@ -9,7 +9,8 @@ Rules, each printed under its own name, for a task's type is not in its data:
 - consecutive_words (the DeSTA authors, desta/utils/metrics.py): Whisper's basic normalizer on both, then the label's words stand in a
   row in the answer.
 - wer, cer (phase 2, transcription): lower case, no punctuation, corpus level.
-- judge_yes (phase 2, classification): an LLM compares answer and label, Llama-3.1-8B-Instruct by default, which is our backbone.
+- judge_yes (phase 2, classification): an LLM compares answer and label, Llama-3.1-8B-Instruct by default, which is our backbone. One user
+  turn, 512 greedy tokens; its verdicts (`evaluation_response` in the official files) are read with `result:\\s*(yes|no)`, case ignored.
 """
 
 import json
@@ -24,8 +25,10 @@ SYSTEM = "Focus on the audio clips and instructions."
 MAX_NEW_TOKENS = 512
 LABELS = ("instruction", "label")
 JUDGE = (
-    "You receive a question, its correct answer and the reply of a model. Decide whether the reply agrees with the correct answer.\n"
-    'End with the line "Result: YES" if it agrees and "Result: NO" if it does not.'
+    "You receive a question, its correct answer or answers, and the reply of a model. Decide whether the reply agrees with the correct answer.\n"
+    "The reply may be short and need not repeat the question; its meaning counts. Where one answer is correct it must give exactly one, and\n"
+    "clearly; where several are, all of them and no other. A wrong, missing, unclear or additional answer does not agree.\n"
+    'Explain briefly, then end with the line "Result: YES" if it agrees and "Result: NO" if it does not.'
 )
 
 
@@ -95,7 +98,13 @@ def plain(text):
 
 
 def judge_messages(row):
-    return chat(JUDGE, f"Question: {row['instruction']}\nGround Truth Answer: {row['label']}\nModel's Response: {row['sllm_response']}")
+    parts = f"Question: {row['instruction']}\nGround Truth Answer: {row['label']}\nModel's Response: {row['sllm_response']}"
+    return [{"role": "user", "content": f"{JUDGE}\n\n{parts}"}]
+
+
+def verdict_of(text):
+    found = re.search(r"result:\s*(yes|no)", (text or "").lower())
+    return found and found[1] == "yes"
 
 
 def score(rows, judge=None, labels=None):
@@ -108,11 +117,11 @@ def score(rows, judge=None, labels=None):
         warn(f"{len(rows) - len(good)} of {len(rows)} rows have no sllm_response or no label and are not scored")
     if not good:
         raise ValueError("nothing to score: no row has an sllm_response and a label")
-    texts = [row["eval_response"] for row in good] if all("eval_response" in row for row in good) else None
+    texts = [row["evaluation_response"] for row in good] if all("evaluation_response" in row for row in good) else None
     how = {"judge": "read from the file"} if texts else {"judge": common.judge_name(judge), "proxy": True} if judge else {}
     if judge and not texts:
         texts = common.ask(judge, [judge_messages(row) for row in good])
-    verdicts = [common.yes_no(text) for text in texts] if texts else [None] * len(good)
+    verdicts = [verdict_of(text) for text in texts] if texts else [None] * len(good)
     tasks = {}
     for row, verdict in zip(good, verdicts):
         tasks.setdefault(row["task"], []).append((row["sllm_response"], str(row["label"]), verdict))

@@ -23,7 +23,7 @@ SLOTS = ("description", "right", "wrong", "none")
 ANSWERS = ("text", "right", "wrong", "same_domain")
 
 
-def load(path, audio_root, metadata="", **_):
+def load(path, audio_root, metadata=""):
     """Training-form rows + labels -> rows with "messages" (right clip), "wrong_messages", "domain", "attributes"."""
     metadata = metadata or str(path).removesuffix(".jsonl") + ".metadata.jsonl"
     for file in (path, metadata):

@@ -4,7 +4,8 @@ Data: github.com/Sakshi113/MMAU `mmau-test-mini.json`, a JSON array, and the fol
 times (v05.15.25 changed a quarter of them), so a score means little without the hash of its label file.
 
 Official rule (`evaluation.py` there; the DeSTA authors use the same): by words. An answer is right when it has all words of
-the right choice and none that occur only in a wrong choice. Prompt and 512 greedy tokens: the DeSTA2.5-Audio evaluation.
+the right choice and none that occur only in a wrong choice. Prompt and 512 greedy tokens: the DeSTA2.5-Audio evaluation (its
+examples/evaluation/MMAU-v05.15.25/inference_desta25_audio.py; two other system prompts occur in that repository).
 """
 
 import json
@@ -12,7 +13,7 @@ import re
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.common import chat, percent, require, tally, warn
+from benchmarks.common import chat, mean, percent, require, tally, warn
 
 SYSTEM = 'Focus on the audio clips and instructions. Put your answer in the format "The correct answer is: "___" ".'
 MAX_NEW_TOKENS = 512
@@ -26,12 +27,14 @@ def prompt(row):
     return f"{row['question']} Choose from the following options: {listed}"
 
 
-def load(path, audio_root, cot=False, system=None, skip_missing=False):
-    """The rows of an official label file; `audio_root` holds `test-mini-audios/`."""
+def load(path, audio_root, text_only=False, cot=False, system=None, skip_missing=False):
+    """The rows of an official label file; `audio_root` holds `test-mini-audios/`. text_only: each row has a `description` (ours)."""
     rows = common.read_rows(path)
     for number, row in enumerate(rows, 1):
-        require(row, ("id", "audio_id", "question", "choices"), f"{path}, row {number}")
+        require(row, ("id", "audio_id", "question", "choices", *["description"] * text_only), f"{path}, row {number}")
         row["messages"] = chat((system or SYSTEM) + common.COT * cot, prompt(row), [row["audio_id"].removeprefix("./")])
+        if text_only:  # the same prompt, its slot filled with words
+            row["messages"][1]["audios"][0]["description"] = row["description"]
         row |= {"id": str(row["id"])} | ({"cot": True} if cot else {})
     return common.check(rows, audio_root, skip_missing)
 
@@ -57,7 +60,7 @@ def read_predictions(path):
 
 
 def words(text):
-    return set(re.findall(r"\b\w+\b", text.lower()))
+    return set(re.findall(r"\b\w+\b", str(text).lower()))
 
 
 def is_right(prediction, answer, choices):
@@ -75,8 +78,8 @@ def score(rows, judge=None, labels=None, key="model_prediction"):
     if labels is not None:
         hashes["file"] = common.sha256(Path(labels).read_bytes())
         rows, skipped = common.same_labels(rows, common.read_rows(labels), LABELS)
-    skipped["no_prediction"] = sum(row.get(key) is None for row in rows)
-    rows = [row for row in rows if row.get(key) is not None]
+    skipped["no_prediction"] = sum(not isinstance(row.get(key), str) for row in rows)
+    rows = [row for row in rows if isinstance(row.get(key), str)]
     skipped["no_answer"] = sum(not str(row.get("answer") or "").strip() for row in rows)
     rows = [row for row in rows if str(row.get("answer") or "").strip()]
     for why in ("no_prediction", "no_answer"):
@@ -94,7 +97,9 @@ def score(rows, judge=None, labels=None, key="model_prediction"):
     for field in ("task", "difficulty", "sub-category"):
         by[field] = tally((str(row[field]), ok) for row, ok in zip(rows, right) if row.get(field) is not None)
     total = {"accuracy": percent(sum(right), len(rows)), "correct": sum(right), "n": len(rows)}
-    return {"total": total} | by | {"skipped": skipped, "prediction_key": key, "labels_sha256": hashes}
+    guess = {name: [1 / len(row["choices"]) for row in rows if name in ("total", row["task"])] for name in ("total", *TASKS)}
+    chance = {name: round(100 * mean(odds), 2) for name, odds in guess.items() if odds}  # a choice drawn at random
+    return {"total": total, "chance": chance} | by | {"skipped": skipped, "prediction_key": key, "labels_sha256": hashes}
 
 
 def summary(scores):

@@ -170,4 +170,4 @@ def score(rows, judge=None, labels=None):
 def summary(scores):
     result = {hop: scores[hop]["average"] for hop in HOPS if hop in scores}
     count = sum(track["n"] for hop in HOPS for track in scores.get(hop, {}).values() if isinstance(track, dict))
-    return result | {"n": count, "proxy": scores.get("proxy", False)}
+    return result | {"n": count} | ({"judge": scores["judge"]} if "judge" in scores else {}) | {"proxy": scores.get("proxy", False)}

@@ -182,5 +182,7 @@ def score(rows, judge=None, labels=None):
 
 def summary(scores):
     n = sum(part.get("n", part.get("not_scored", 0)) for name, part in scores.items() if name in SUBSETS)
-    overall = scores.get("overall", {}).get("mean_of_nine")
-    return scores["points"] | {"overall": overall, "n": n}
+    parts = [part for name, part in scores.items() if name in SUBSETS]
+    judges = [part["judge"] for part in parts if "judge" in part]
+    how = ({"judge": judges[0]} if judges else {}) | ({"proxy": True} if "overall" in scores or any(part.get("proxy") for part in parts) else {})
+    return scores["points"] | {"overall": scores.get("overall", {}).get("mean_of_nine"), "n": n} | how

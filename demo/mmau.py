@@ -1,0 +1,62 @@
+"""
+mmau.py: questions in MMAU's form about the demo's held-out clips, with choices made from their labels.
+
+    python demo/mmau.py                                                                      # writes data/demo/mmau.json
+    python eval.py --task mmau --data data/demo/mmau.json --out out/demo/mmau.jsonl                      # from the audio
+    python eval.py --task mmau --data data/demo/mmau.json --out out/demo/mmau.text.jsonl --text_only 1   # from the description
+    python eval.py --task mmau --score out/demo/mmau.jsonl,out/demo/mmau.text.jsonl                      # side by side, with chance
+
+One question per clip, about an attribute drawn for it; the wrong choices are up to three other values that this attribute takes in the
+same domain. `description`, what the LLM reads in place of the audio, is not part of MMAU.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from common import JsonLines, fail, write_text  # noqa: E402
+from generate_data import describe  # noqa: E402
+
+DIFFICULTY = {2: "easy", 3: "medium", 4: "hard"}  # by the number of choices
+
+
+def questions(clips):
+    """Metadata rows -> MMAU rows. A clip's draw depends on its id alone."""
+    values = {}
+    for clip in clips:
+        for name, value in clip["segments"][0]["attributes"].items():
+            values.setdefault((clip["domain"], name), set()).add(value)
+    for clip in clips:
+        draw, attributes = random.Random(clip["id"]), clip["segments"][0]["attributes"]
+        names = [name for name in attributes if len(values[clip["domain"], name]) > 1]
+        if not names:
+            continue
+        name = draw.choice(names)
+        others = sorted(values[clip["domain"], name] - {attributes[name]})
+        choices = [attributes[name], *draw.sample(others, min(3, len(others)))]
+        draw.shuffle(choices)
+        yield {
+            "id": clip["id"], "audio_id": clip["id"], "question": f"What is the {name.lower()}?", "choices": choices, "answer": attributes[name],
+            "dataset": clip["dataset"], "task": clip["domain"], "split": "demo", "category": "Perception", "sub-category": name,
+            "difficulty": DIFFICULTY[len(choices)], "description": describe(clip["segments"]),
+        }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--metadata", default="data/demo/test.metadata.jsonl")
+    parser.add_argument("--out", default="data/demo/mmau.json")
+    args = parser.parse_args()
+    try:
+        rows = list(questions(list(JsonLines(args.metadata))))
+    except FileNotFoundError as error:
+        fail(error)
+    write_text(args.out, json.dumps(rows, ensure_ascii=False, indent=1))
+    print(f"{args.out}: {len(rows)} questions, one per clip")
+
+
+if __name__ == "__main__":
+    main()
