@@ -169,6 +169,10 @@ def test_prompt_and_decoding_can_be_overridden(files, tiny, tmp_path):
     changes = dict(system="Guess.", temperature=0.7, top_p=0.9, limit=2, **SHORT)
     done = script(*evaluate("sakura", files, tiny, tmp_path / "p.jsonl", **changes))
     assert "sakura: 2 rows, at most 6 new tokens, temperature 0.7, top-p 0.9; prompt of the first row:\n  system: Guess.\n" in done.out
+    examples = [{"role": "system", "content": "Guess."}, {"role": "user", "content": "A bark. Which animal?"}, {"role": "assistant", "content": "(a) dog"}]
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    done = script(*evaluate("sakura", files, tiny, tmp_path / "q.jsonl", system=tmp_path / "examples.json", limit=1, **SHORT))
+    assert f"  system: Guess.\n  user: A bark. Which animal?\n  assistant: (a) dog\n  user: {USER['sakura']}\n" in done.out
 
 
 # -- without audio, with reasoning ------------------------------------------------------------------------------------------------
@@ -212,6 +216,26 @@ def test_scores_with_and_without_reasoning_side_by_side(files, tiny, runs, tmp_p
     assert [scores["total"] for scores in summary.values()] == [50.0, 100.0] and list(summary) == [str(plain.with_name("said.jsonl")), str(tmp_path / "said.jsonl")]
     lines = [line.split() for line in both.out.splitlines()]
     assert ["accuracy", "50.0", "100.0"] in lines and ["total", "33.33", "33.33"] in lines  # chance, of three choices
+
+
+# -- questions about the demo's clips -------------------------------------------------------------------------------------------------
+
+
+def test_questions_made_from_labels(tiny_world, tmp_path):
+    done = script("demo/mmau.py", "--metadata", tiny_world.data / "test.metadata.jsonl", "--out", tmp_path / "mmau.json")
+    assert done.status == 0 and "6 questions" in done.out
+    rows = mmau.load(tmp_path / "mmau.json", tiny_world.data, text_only=True)
+    labels = {clip["id"]: clip["segments"][0]["attributes"] for clip in tiny_world.clips}
+    for row in rows:
+        assert row["answer"] == labels[row["audio_id"]][row["sub-category"]] and row["choices"].count(row["answer"]) == 1
+        assert 2 <= len(row["choices"]) == len(set(row["choices"])) <= 4 and row["answer"] in row["description"] and row["sub-category"].lower() in row["question"]
+    said = [mmau.with_answer(row, f'The correct answer is: "{row["answer"]}".') for row in rows]
+    scores = mmau.score(said)
+    assert scores["total"] == {"accuracy": 100.0, "correct": 6, "n": 6} and scores["chance"] == {"total": 50.0, "sound": 50.0, "music": 50.0, "speech": 50.0}
+    again = script("demo/mmau.py", "--metadata", tiny_world.data / "test.metadata.jsonl", "--out", tmp_path / "again.json")
+    assert again.status == 0 and (tmp_path / "again.json").read_bytes() == (tmp_path / "mmau.json").read_bytes()
+    missing = script("demo/mmau.py", "--metadata", tmp_path / "no.jsonl", "--out", tmp_path / "x.json")
+    assert missing.status == 1 and "demo/prepare.py" in missing.err and not (tmp_path / "x.json").exists()
 
 
 # -- judges -----------------------------------------------------------------------------------------------------------------------
