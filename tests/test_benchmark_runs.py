@@ -112,11 +112,11 @@ def evaluate(task, files, models, out, **changes):
 
 @pytest.fixture(scope="module")
 def runs(files, tiny, tmp_path_factory):
-    """Each benchmark once, uninterrupted, with all its defaults. -> {task: (predictions file, what was printed)}"""
+    """Each benchmark once, uninterrupted, with its own prompts. -> {task: (predictions file, what was printed)}"""
     done = {}
     for task in OFFICIAL:
         out = tmp_path_factory.mktemp("straight") / "predictions.jsonl"
-        ran = script(*evaluate(task, files, tiny, out))
+        ran = script(*evaluate(task, files, tiny, out, max_new_tokens=6))
         assert ran.status == 0, ran.err
         done[task] = (out, ran.out)
     return done
@@ -157,11 +157,13 @@ def test_killed_and_continued_equals_straight_with_the_demo_model(task, files, r
 
 
 @pytest.mark.parametrize("task", OFFICIAL)
-def test_official_prompt_and_decoding_are_the_default_and_printed(task, runs):
+def test_official_prompt_and_decoding_are_the_default_and_printed(task, runs, files, tiny, tmp_path):
     out, said = runs[task]
     tokens, system = OFFICIAL[task]
     n = len(read_jsonl(out))
-    assert f"{task}: {n} rows, at most {tokens} new tokens, greedy; prompt of the first row:\n  system: {system}\n  user: {USER[task]}\n" in said
+    assert f"{task}: {n} rows, at most 6 new tokens, greedy; prompt of the first row:\n  system: {system}\n  user: {USER[task]}\n" in said
+    nothing = script(*evaluate(task, files, tiny, tmp_path / "p.jsonl", limit=0))  # the header of a run with all defaults
+    assert f"{task}: 0 rows, at most {tokens} new tokens, greedy" in nothing.out and nothing.status == 1 and "error: " in nothing.err
     assert json.loads(out.with_name("predictions.jsonl.info.json").read_text())["settings"]["temperature"] == 0.0
 
 
@@ -179,14 +181,14 @@ def test_prompt_and_decoding_can_be_overridden(files, tiny, tmp_path):
 
 
 def test_text_only_needs_neither_whisper_nor_adapter(files, tiny_world, tmp_path, runs):
-    nowhere = dict(llm=tiny_world.llm, whisper=tmp_path / "none", adapter=tmp_path / "none", text_only=1)
+    nowhere = dict(llm=tiny_world.llm, whisper=tmp_path / "none", adapter=tmp_path / "none", text_only=1, max_new_tokens=6)
     backbone = DeSTA.from_pretrained(tiny_world.llm, None)
     out = tmp_path / "ifeval.jsonl"
     done = script(*evaluate("speech_ifeval", files, nowhere, out, audio_root=tmp_path / "none"))
     assert done.status == 0, done.err
     rows = read_jsonl(out)
     assert rows[0]["messages"][1]["content"] == "Speech Input: [00:00:00 - 00:00:02] Hello 0(Gender: Male)\n\nSay what you hear in capitals."
-    assert [row["response"] for row in rows] == backbone.generate([row["messages"] for row in rows], 2048, batch_size=32)
+    assert [row["response"] for row in rows] == backbone.generate([row["messages"] for row in rows], 6, batch_size=32)
     assert json.loads(out.with_name("ifeval.jsonl.info.json").read_text())["adapter_sha256"] is None
 
     out = tmp_path / "mmau.jsonl"
@@ -194,7 +196,7 @@ def test_text_only_needs_neither_whisper_nor_adapter(files, tiny_world, tmp_path
     assert done.status == 0 and done.out.splitlines()[1:3] == runs["mmau"][1].splitlines()[1:3], "the same prompt, the slot filled with words"
     for row, said in zip(mmau.load(**{"path": files["mmau"]["data"], "audio_root": "none", "text_only": True}), read_jsonl(out)):
         ids = build_prompt(backbone.tokenizer, row["messages"], description_slot(backbone.tokenizer))
-        assert row["description"] in backbone.tokenizer.decode(ids) and said["model_output"] == backbone.generate(row["messages"], 512)[0]
+        assert row["description"] in backbone.tokenizer.decode(ids) and said["model_output"] == backbone.generate(row["messages"], 6)[0]
 
 
 @pytest.mark.parametrize("task", ["sakura", "voicebench", "dynamic_superb", "heldout"])
@@ -205,7 +207,7 @@ def test_text_only_where_there_is_no_text(task, files, tiny, tmp_path):
 
 def test_scores_with_and_without_reasoning_side_by_side(files, tiny, runs, tmp_path):
     out = tmp_path / "cot.jsonl"
-    done = script(*evaluate("mmau", files, tiny, out, cot=1))
+    done = script(*evaluate("mmau", files, tiny, out, cot=1, max_new_tokens=6))
     assert done.status == 0 and OFFICIAL["mmau"][1] + common.COT in done.out
     plain = runs["mmau"][0]
     for file, answers in ((plain, ["noise"] * 3 + ["a tone"] * 3), (out, ["noise"] * 6)):
