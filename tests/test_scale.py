@@ -1,19 +1,32 @@
 """Official scale: millions of rows in many files, audio longer than a window, LoRA, a sharded LLM, large checkpoints: the same results, in bounds of memory."""
 
+import importlib.util
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 import transformers
-from conftest import flags, in_float32, randomize, read_jsonl, script, torchrun, write_jsonl
-from safetensors.torch import load_file
+from conftest import ROOT, flags, in_float32, randomize, read_jsonl, script, start, torchrun, write_jsonl
+from safetensors.torch import load_file, save_file
+from test_model import ReferenceDeSTA
+from test_qformer import ReferenceQFormer
 
 import common
 import llama
+from llama import Llama, LlamaConfig
 from model import AUDIO_ID, DeSTA, audio_file, audio_windows, transcribe_windows
+from qformer import QFormerConfig
+from whisper import WhisperConfig
 
 # -- millions of rows ------------------------------------------------------------------------------------------------------
 
@@ -144,8 +157,8 @@ def long_clips(tiny_world, tmp_path_factory):
     for name, seconds in (("long", 7.5), ("longer", 10), ("short", 2)):
         wave = 0.2 * random.standard_normal(int(seconds * 16000)) * np.linspace(0.1, 1, int(seconds * 16000))
         soundfile.write(folder / f"{name}.wav", wave, 16000, subtype="FLOAT")
-        for i, start in enumerate(range(0, len(wave), 48000)):
-            soundfile.write(folder / f"{name}.{i}.wav", wave[start : start + 48000], 16000, subtype="FLOAT")
+        for i, begin in enumerate(range(0, len(wave), 48000)):
+            soundfile.write(folder / f"{name}.{i}.wav", wave[begin : begin + 48000], 16000, subtype="FLOAT")
     return folder
 
 
@@ -420,3 +433,166 @@ def test_checkpointed_activations_alone(tiny_world):
 def test_sharding_needs_processes(tiny_world, tmp_path):
     failed = script(*train_command(tiny_world, tmp_path, shard_llm=1))
     assert failed.status == 1 and "torchrun --nproc_per_node=N" in failed.err
+
+
+def test_killed_rank_ends_the_job(tiny_world, tmp_path):
+    """One of two ranks is killed in the middle of training, with the LLM shared out: the other does not wait for it, and it is named."""
+    command = train_command(tiny_world, tmp_path, max_steps=500, eval_data="", shard_llm=1)
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/in_float32.py", *command)
+    log = tmp_path / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == process.pid and b"\0RANK=1\0" in (folder / "environ").read_bytes():
+                victim = int(folder.name)
+        except OSError:  # a process that has ended meanwhile
+            continue
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and time.monotonic() - killed < 120  # a second or two where no other job disturbs
+    summary = said[said.index("Root Cause") :]
+    assert "rank      : 1 (" in summary and f"Signal 9 (SIGKILL) received by PID {victim}" in summary
+
+
+# -- the official configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """runs/memory.py as a module."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "runs/memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parameter_table_and_memory_at_full_size(memory, capsys):
+    parts = memory.build()
+    memory.print_parameters(*parts)
+    counts = {row.split(" | ")[0]: int(row.split(" | ")[2].rstrip(" |").replace(",", "")) for row in capsys.readouterr().out.splitlines()[2:]}
+    assert sum(n for part, n in counts.items() if "Llama" in part) == 8_030_261_248  # as Hugging Face counts the two models
+    assert sum(n for part, n in counts.items() if "Whisper" in part) == 1_543_490_560
+    assert counts["| all trained"] == 131_540_224 and counts["| all frozen"] == 8_030_261_248 + 1_543_490_560
+    both, neither = memory.memory(parts, 4, 8, 1, True), memory.memory(parts, 4, 8, 0, False)
+    assert neither["frozen"] == 2 * counts["| all frozen"] and neither["trained"] == 16 * 131_540_224
+    assert neither["frozen"] - both["frozen"] == pytest.approx(2 * 7 / 8 * 6.98e9, rel=1e-3)
+    inputs = 4 * memory.TOKENS * 4096 * 2 * 32  # each block's input in bf16
+    assert inputs < both["kept"] < neither["kept"] - 5e9
+
+
+TINY = LlamaConfig(300, 64, 3, 4, 4, 16, 96, 1e-5, 1e4, None, False), WhisperConfig(80, 64, 4, 4, 96, 1, 4, 96, 100, 50)
+
+
+def test_kept_bytes_are_what_autograd_keeps(memory, monkeypatch):
+    """The count on the meta device against real tensors and torch's own fused attention on the CPU."""
+    with torch.device("meta"):
+        meta = memory.build(*TINY, n_layers=2, dtype=torch.float32)
+    for part in meta:
+        part.eval()  # without dropout
+    counted = memory.kept_bytes(meta, lambda: memory.loss_of(*meta, 2, 80, 9))
+    real, kept = memory.build(*TINY, device="cpu", dtype=torch.float32, n_layers=2), {}
+    for part in real:
+        part.eval()
+    monkeypatch.setattr(llama, "attend", lambda q, k, v, mask=None: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
+        loss = memory.loss_of(*real, 2, 80, 9)
+    weights = {p.untyped_storage().data_ptr() for part in real for p in part.parameters()}
+    assert loss.isfinite() and counted == pytest.approx(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights), rel=0.02)
+
+
+def test_measuring_runs(memory):
+    figures = memory.measure(memory.build(*TINY, device="cpu", n_layers=1), 2, new_tokens=3)
+    assert figures.keys() == {"step_seconds", "generation_seconds"} and min(figures.values()) > 0
+
+
+LOAD = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from llama import Llama
+status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+Llama.from_pretrained(sys.argv[4])  # whatever is only imported, or set up, at the first load
+before = status("VmRSS")
+llm = Llama.from_pretrained(sys.argv[2], getattr(torch, sys.argv[3]))
+for p in llm.parameters():
+    p.max()  # a tensor that is taken as it stands in the file is read when it is used
+print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in llm.parameters()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_never_holds_more_than_a_shard_beside_the_model(tiny_world, tmp_path, dtype):
+    """As read, and converted. Four shards of 67 MB in bf16; LOG.md has the same with 1 GB each."""
+    d, d_ff, n = 1024, 4096, 8
+    settings = dict(model_type="llama", vocab_size=64, hidden_size=d, intermediate_size=d_ff, num_hidden_layers=n, num_attention_heads=8, rms_norm_eps=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(LlamaConfig.from_json(tmp_path / "config.json")).named_parameters()}
+    names = sorted(shapes)
+    files = {name: f"model-{1 + names.index(name) * 4 // len(names):05d}-of-00004.safetensors" for name in names}
+    for file in set(files.values()):
+        save_file({name: torch.zeros(shapes[name], dtype=torch.bfloat16) for name in names if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    largest = max((tmp_path / file).stat().st_size for file in files.values())
+    done = subprocess.run([sys.executable, "-c", LOAD, ROOT, tmp_path, dtype, tiny_world.llm], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, model = map(int, done.stdout.split())
+    assert 6e7 < largest < 9e7 and 0.9 * model < peak < model + 1.2 * largest
+
+
+def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
+    """An adapter in the released form, made by transformers' modules: same vectors, loss and answers as these give; saved back the same."""
+    torch.manual_seed(0)
+    whisper, released = tmp_path / "whisper", tmp_path / "released"
+    config = transformers.WhisperConfig.from_pretrained(tiny_world.whisper, max_source_positions=1500)  # 30 s: released adapters know nothing else
+    randomize(transformers.WhisperForConditionalGeneration(config)).save_pretrained(whisper)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
+        shutil.copy(tiny_en_folder / name, whisper / name)
+    size = QFormerConfig(d_model=64, n_heads=4, d_llm=64)  # six layers, 64 queries
+    state = {name: tensor.clone() for name, tensor in randomize(ReferenceQFormer(size)).state_dict().items()}
+    released.mkdir()
+    save_file({f"perception.connector.{name}": tensor for name, tensor in state.items()}, released / "model.safetensors", {"format": "pt"})
+    (released / "config.json").write_text(json.dumps({
+        "architectures": ["DeSTA25AudioModel"], "audio_locator": "<|AUDIO|>", "connector_mode": "qformer_1", "model_type": "desta25",
+        "encoder_config": {"model_type": "whisper", "d_model": 1280}, "encoder_model_id": "openai/whisper-large-v3",
+        "llm_config": {"model_type": "llama"}, "llm_model_id": "DeSTA-ntu/Llama-3.1-8B-Instruct", "placeholder_token": "<|reserved_special_token_87|>",
+        "prompt_size": 64, "qformer_num_hidden_layers": 6, "torch_dtype": "float32", "transformers_version": "4.51.3", "use_lora": False,
+    }))  # fmt: skip
+    reference = ReferenceDeSTA(types.SimpleNamespace(llm=tiny_world.llm, whisper=whisper), types.SimpleNamespace(config=size, state_dict=lambda: state))
+    load = lambda **dtypes: DeSTA.from_pretrained(tiny_world.llm, whisper, released, device="cpu", **dtypes)
+    exact = load(dtype=torch.float32)
+    assert exact.audio_seconds == 30 and exact.long_audio == "cut" and not exact.lora_rank
+    rows = [row | {"messages": row["messages"]} for row in tiny_world.rows[1:3]]
+    mels = [list(exact.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data)) for row in rows]
+    with torch.no_grad():
+        expected, vectors = reference.loss(rows, mels)
+        torch.testing.assert_close(exact.audio_vectors(torch.stack(sum(mels, []))), vectors, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(exact.loss(rows, root=tiny_world.data), expected, atol=1e-5, rtol=1e-5)
+        answers = exact.generate([row["messages"] for row in rows], 10, root=tiny_world.data)
+        for row, vector, answer in zip(rows, vectors, answers):
+            prompt = reference.row(row, [vector])[0]
+            prompt = prompt[: len(prompt) - len(reference.tokenizer(row["response"] + "<|im_end|>").input_ids)][None]
+            ids = reference.llm.generate(inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2]), max_new_tokens=10, do_sample=False)[0]
+            assert reference.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+        # as the released model is run: --precision official
+        official = load(dtype=torch.bfloat16, audio_dtype=torch.float32)
+        torch.testing.assert_close(official.audio_vectors(torch.stack(sum(mels, []))), vectors, atol=2e-5, rtol=1e-4)
+        reference.llm.bfloat16()
+        assert official.loss(rows, root=tiny_world.data).item() == pytest.approx(reference_bf16(reference, rows, vectors), rel=0.02)
+    exact.save_adapter(tmp_path / "again")
+    before, after = load_file(released / "model.safetensors"), load_file(tmp_path / "again/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(a.dtype == after[name].dtype and a.numpy().tobytes() == after[name].numpy().tobytes() for name, a in before.items())
+
+
+def reference_bf16(reference, rows, vectors):
+    """Mean loss over the target tokens of rows, with a bf16 LLM that reads float32 vectors rounded to bf16."""
+    total = count = 0
+    for row, vector in zip(rows, vectors):
+        x, labels = reference.row(row, [vector.bfloat16()])
+        n = int((labels != -100).sum())
+        total, count = total + n * reference.llm(inputs_embeds=x[None], labels=labels[None]).loss.item(), count + n
+    return total / count
