@@ -314,6 +314,8 @@ def main():
     model.train()
     optimizer = torch.optim.AdamW(weights, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
     first_step = load_checkpoint(model, optimizer, s)
+    if common.sum_over_ranks(torch.tensor(first_step, device=device)) != first_step * world:
+        raise ValueError(f"the ranks do not find the same checkpoints in {s.out}: it has to be on a disk that all nodes see")
     if first_step:
         talk(f"continuing {s.out} at step {first_step}")
     elif s.standardize:

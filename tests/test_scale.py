@@ -1,8 +1,11 @@
 """Official scale: millions of rows in many files, audio longer than a window, LoRA, a sharded LLM, large checkpoints: the same results, in bounds of memory."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,10 +26,11 @@ from test_qformer import ReferenceQFormer
 
 import common
 import llama
+import train
 from llama import Llama, LlamaConfig
 from model import AUDIO_ID, DeSTA, audio_file, audio_windows, transcribe_windows
 from qformer import QFormerConfig
-from whisper import WhisperConfig
+from whisper import Whisper, WhisperConfig
 
 # -- millions of rows ------------------------------------------------------------------------------------------------------
 
@@ -458,6 +462,20 @@ def test_killed_rank_ends_the_job(tiny_world, tmp_path):
     assert "rank      : 1 (" in summary and f"Signal 9 (SIGKILL) received by PID {victim}" in summary
 
 
+@pytest.mark.slow
+def test_ranks_that_do_not_see_the_same_checkpoints(tiny_world, tmp_path):
+    """Two nodes, the output folder on each one's own disk: resuming would train two different models."""
+    assert script(*train_command(tiny_world, tmp_path / "0", eval_data="")).status == 0
+    ranks = []
+    for rank in range(2):
+        command = [sys.executable, "tests/in_float32.py", *train_command(tiny_world, tmp_path / str(rank), eval_data="", max_steps=5)]
+        place = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29517")
+        ranks.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=place, stderr=subprocess.PIPE, text=True))
+    for rank, process in enumerate(ranks):
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode != 0 and f"the ranks do not find the same checkpoints in {tmp_path}/{rank}" in said
+
+
 # -- the official configuration ----------------------------------------------------------------------------------------------
 
 
@@ -482,6 +500,30 @@ def test_parameter_table_and_memory_at_full_size(memory, capsys):
     assert neither["frozen"] - both["frozen"] == pytest.approx(2 * 7 / 8 * 6.98e9, rel=1e-3)
     inputs = 4 * memory.TOKENS * 4096 * 2 * 32  # each block's input in bf16
     assert inputs < both["kept"] < neither["kept"] - 5e9
+
+
+@pytest.mark.parametrize("name, n, config", [
+    ("Llama-3.2-1B", 1_235_814_400, dict(model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                                         num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)),
+    ("Llama-3.2-3B", 3_212_749_824, dict(model_type="llama", hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                                         num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True)),
+    ("Qwen2.5-0.5B", 494_032_768, dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                                       num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)),
+    ("Qwen3-0.6B", 596_049_920, dict(model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                                     num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
+])  # fmt: skip
+def test_sizes_of_other_backbones(tmp_path, name, n, config):
+    """From the config.json of the hub: as many parameters as the hub says."""
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}))
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_json(tmp_path / "config.json"))
+    model.lm_head.weight = model.model.embed_tokens.weight  # as from_pretrained ties them
+    assert sum(p.numel() for p in model.parameters()) == n
+
+
+def test_size_of_whisper_large_v3_turbo():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Whisper(WhisperConfig(128, 1280, 32, 20, 5120, 4, 20, 5120, 51866)).parameters()) == 808_878_080
 
 
 TINY = LlamaConfig(300, 64, 3, 4, 4, 16, 96, 1e-5, 1e4, None, False), WhisperConfig(80, 64, 4, 4, 96, 1, 4, 96, 100, 50)
@@ -596,3 +638,34 @@ def reference_bf16(reference, rows, vectors):
         n = int((labels != -100).sum())
         total, count = total + n * reference.llm(inputs_embeds=x[None], labels=labels[None]).loss.item(), count + n
     return total / count
+
+
+def test_recipe_of_the_paper(tmp_path):
+    """runs/desta25.sh calls train.py as the README does, with the paper's values, and a micro-batch that suits the number of GPUs."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+
+    def called(*arguments, **variables):
+        place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLM": "L", "WHISPER": "W", "DATA": "D", "AUDIO_ROOT": "A"} | variables
+        done = subprocess.run(["bash", "runs/desta25.sh", *arguments], cwd=ROOT, env=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        launcher, _, rest = done.stdout.partition("train.py\n")
+        parts = rest.split("\n")[:-1]
+        return launcher.split(), {name.removeprefix("--"): value for name, value in zip(parts[::2], parts[1::2])}
+
+    launcher, given = called()
+    assert launcher == ["--nnodes=1", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29500"]
+    settings = common.parse_settings(train.Settings, "", [part for name, value in given.items() for part in (f"--{name}", value)])
+    assert (settings.llm, settings.data, settings.eval_data, settings.micro_batch, settings.global_batch) == ("L", "D", "", 12, 96)
+    for field in dataclasses.fields(train.Settings):  # "…; paper: 6" in the help of a setting
+        if said := re.search(r"paper: ([\d.e-]+\d)", field.metadata["help"]):
+            assert getattr(settings, field.name) == float(said[1]), field.name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^torchrun --nproc_per_node=8 train.py (.*--n_layers 6.*)$", readme, re.MULTILINE)
+    words = shlex.split(command)
+    for name, value in zip(words[::2], words[1::2]):
+        if name not in ("--llm", "--whisper", "--data", "--audio_root"):
+            assert given[name.removeprefix("--")] == value, name
+    launcher, given = called("--shard_llm", "1", NODES="4", HEAD="node0:29500")
+    assert "--nnodes=4" in launcher and "--rdzv_endpoint=node0:29500" in launcher and (given["micro_batch"], given["shard_llm"]) == ("3", "1")
+    assert [called(GPUS=gpus)[1]["micro_batch"] for gpus in ("1", "4", "16")] == ["12", "12", "6"]
