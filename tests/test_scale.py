@@ -565,7 +565,7 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in llm.pa
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_loading_never_holds_more_than_a_shard_beside_the_model(tiny_world, tmp_path, dtype):
     """As read, and converted. Four shards of 67 MB in bf16; LOG.md has the same with 1 GB each."""
     d, d_ff, n = 1024, 4096, 8
