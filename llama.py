@@ -109,25 +109,30 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def attend(q, k, v, mask=None):
+def causal_bias(positions, n_keys, dtype):
+    """Added to attention scores: 0 for keys up to a query's position, -inf beyond. positions: (B, T). shape = (B, 1, T, n_keys)"""
+    hidden = torch.arange(n_keys, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+
+
+def attend(q, k, v, bias=None):
     """Attention of q (B, n_heads, T, head_dim) to k, v (B, n_kv_heads, S, head_dim), n_heads / n_kv_heads query heads sharing each k, v.
 
-    mask: (B or 1, 1, T, S), True where a query may look; None: causal. Right-padded rows need no mask beyond the causal one.
+    bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more.
     """
     B, H, T, head_dim = q.shape
     G, S = k.shape[1:3]
     if q.is_cuda and T > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
     # The query heads of one group become further query positions of their shared head: K and V are never copied per head.
     q = q.reshape(B, G, H // G * T, head_dim)
-    if q.is_cuda:  # decoding: one token a row, so one mask fits all heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, head_dim)
+    if q.is_cuda:  # decoding: one token a row, so one bias fits all heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(B, H, T, head_dim)
     # On CPUs plain products are faster at the lengths of a prompt: the backward pass of the fused bf16 kernel takes 5 times as long.
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None, None]
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)[:, :, None]  # (B or 1, 1, 1, T, S)
+    if bias is None:
+        bias = causal_bias(torch.arange(T)[None], S, q.dtype)
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2)  # (B, G, H/G * T, S)
-    weights = (scores.view(B, G, H // G, T, S) + bias).softmax(-1)
+    weights = (scores.view(B, G, H // G, T, S) + bias[:, :, None]).softmax(-1)
     return (weights.view(B, G, -1, S) @ v).view(B, H, T, head_dim)
 
 
@@ -149,10 +154,10 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+        q, k, bias = rotate(q, cos, sin), rotate(k, cos, sin), None
         if cache is not None:
-            k, v, mask = cache.update(layer, k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+            k, v, bias = cache.update(layer, k, v)
+        return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -303,12 +308,12 @@ def load_weights(module, folder, dtype, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation: continuous batching over a static cache.
+# Generation: continuous batching over one cache.
 #
 # A step of decoding reads every weight once, whatever the batch, so throughput is won by keeping many rows in flight. Each
-# row owns one slot of the cache. When a quarter of the slots have finished, the next prompts are prefilled into
-# them together, so a long answer never holds up short ones. What all prompts begin with (the system prompt) is
-# prefilled once and copied.
+# row owns one slot of the cache, and the rows in flight are always the first slots: a finished row's slot is taken
+# over by the last one, so nothing is computed for rows that are done. When an eighth of the slots are free, the next prompts
+# are prefilled into them together. What all prompts begin with (the system prompt) is prefilled once and copied.
 
 
 class Prefix:
@@ -323,47 +328,51 @@ class Prefix:
             return k, v, None
         B, _, T, _ = k.shape
         k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2) for old, new in zip(self.layers[layer], (k, v)))
-        P = k.shape[2] - T
-        return k, v, torch.ones(T, P + T, dtype=torch.bool, device=k.device).tril(diagonal=P)[None, None]
+        S = k.shape[2]
+        return k, v, causal_bias(torch.arange(S - T, S, device=k.device)[None], S, k.dtype)
 
 
 class KVCache:
-    """Keys and values of n_slots rows, each up to max_len tokens. A token's place in its slot is its position.
+    """Keys and values of n_slots rows. A token's place in its slot is its position."""
 
-    Before a forward pass, `aim` says which slots and positions the tokens of that pass belong to.
-    """
+    def __init__(self, config, n_slots, dtype, device):
+        self.k = torch.zeros(config.n_layers, n_slots, config.n_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.v = self.k.clone()
 
-    def __init__(self, config, n_slots, max_len, dtype, device):
-        shape = (config.n_layers, n_slots, config.n_kv_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+    def fit(self, length):
+        """Make slots long enough, and not much longer: decoding reads them whole. For a part of a slot is not contiguous in
+        memory, and the batched product of CPUs would copy it every time (2.3 instead of 0.6 ms per layer, 64 rows of 200 tokens)."""
+        size = self.k.shape[3]
+        if not size - 128 < length <= size:
+            more = (length // 64 + 1) * 64 - size
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))  # a negative padding cuts
 
-    def aim(self, slots, positions, length):
-        """slots (B,), positions (B, T); `length`: keys 0..length-1 are looked at. Each query sees keys up to its own position."""
-        self.slots, self.positions, self.length = slots, positions, length
-        self.every_slot = len(slots) == self.k.shape[1]
-        keys = torch.arange(length, device=positions.device)
-        self.mask = (keys <= positions[..., None])[:, None]  # (B, 1, T, length)
-        self.fresh = positions.shape[1] == length  # nothing cached is looked at: plain causal attention
+    def aim(self, first, positions, n_keys):
+        """The next pass is for slots first, first + 1, … and the positions (B, T) of its tokens; it looks at keys 0 … n_keys - 1."""
+        B, T = positions.shape
+        self.rows, self.positions, self.n_keys = slice(first, first + B), positions, n_keys
+        self.slots = torch.arange(first, first + B, device=positions.device)
+        self.fresh = T == n_keys  # nothing cached is looked at: plain causal attention
+        self.bias = causal_bias(positions, n_keys, self.k.dtype)
 
     def update(self, layer, k, v):
-        """Store this pass's k, v (B, n_kv_heads, T, head_dim); return what its queries attend to, and the mask."""
+        """Store this pass's k, v (B, n_kv_heads, T, head_dim); return what its queries attend to, and the bias."""
         at = (self.slots[:, None], slice(None), self.positions)
         self.k[layer][at], self.v[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
         if self.fresh:
             return k, v, None
-        slots = slice(None) if self.every_slot else self.slots
-        return self.k[layer][slots, :, : self.length], self.v[layer][slots, :, : self.length], self.mask
+        return self.k[layer, self.rows, :, : self.n_keys], self.v[layer, self.rows, :, : self.n_keys], self.bias
 
-    def keep(self, slots):
-        self.k, self.v = self.k[:, slots], self.v[:, slots]
+    def move(self, source, target):
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
 
 def sample(logits, temperature, top_p, uniform):
     """Next token per row. logits (B, vocab), uniform (B,) in [0, 1): a row's draw depends on its own number only."""
+    logits = logits.float()  # also because argmax in bf16 takes four times as long on CPUs
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
+    probs = (logits / temperature).softmax(-1)
     order = None
     if top_p < 1:  # the smallest set of tokens, most likely first, that holds top_p of the probability
         probs, order = probs.sort(-1, descending=True)
@@ -402,73 +411,61 @@ def generate(
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else seed
     as_embeddings = lambda p: p.to(dtype) if p.is_floating_point() else llm.embed(p)
 
-    # Longest first: neighbours in a prefill have like lengths (little padding), and the cache is sized at the start.
+    # Longest first: neighbours in a prefill have like lengths (little padding), and so have the rows in flight.
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     n_slots = min(batch_size, len(prompts))
-    max_len = len(prompts[waiting[0]]) + max_new_tokens
-    cache = KVCache(llm.config, n_slots, max_len, dtype, device)
-    row_of_slot = [None] * n_slots
-    next_token = torch.zeros(n_slots, dtype=torch.long, device=device)
-    lengths = torch.zeros(n_slots, dtype=torch.long, device=device)  # tokens in the slot's cache
-    uniform = torch.zeros(n_slots, max_new_tokens)
-    answers = [[] for _ in prompts]
+    group = max(1, n_slots // 8)  # prompts prefilled together: enough for an efficient product, few enough to refill often
+    cache = KVCache(llm.config, n_slots, dtype, device)
+    rows = []  # rows[s]: the prompt that slot s works on
+    answers, draws = [[] for _ in prompts], {}
     bar = tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress, leave=False)
     n_tokens = 0
 
     prefix = common_prefix(prompts) if len(prompts) > 1 else 0
     if prefix:
-        every_slot = torch.arange(n_slots, device=device)
-        cache.aim(every_slot[:1], torch.arange(prefix, device=device)[None], prefix)
-        llm.hidden_states(as_embeddings(prompts[0][:prefix])[None], cache, cache.positions)
+        cache.fit(prefix)
+        positions = torch.arange(prefix, device=device)[None]
+        cache.aim(0, positions, prefix)
+        llm.hidden_states(as_embeddings(prompts[0][:prefix])[None], cache, positions)
         cache.k[:, 1:, :, :prefix] = cache.k[:, :1, :, :prefix]
         cache.v[:, 1:, :, :prefix] = cache.v[:, :1, :, :prefix]
 
-    def take(slots, hidden):
-        """Choose each slot's next token, note it, and free the slots whose row is finished."""
-        nonlocal n_tokens
-        rows = [row_of_slot[s] for s in slots]
-        draws = torch.stack([uniform[s, min(len(answers[r]), max_new_tokens - 1)] for s, r in zip(slots, rows)])
-        tokens = sample(llm.lm_head(hidden), temperature, top_p, draws.to(device))
-        next_token[slots] = tokens
-        n_tokens += len(slots)
-        for s, r, token in zip(slots, rows, tokens.tolist()):
-            answers[r].append(token)
-            if token in stop_ids or len(answers[r]) == max_new_tokens:
-                row_of_slot[s], lengths[s] = None, prefix  # an empty slot goes on decoding, unread, at its first free position
+    while rows or waiting:
+        if waiting and n_slots - len(rows) >= group:  # prefill
+            first, new = len(rows), [waiting.popleft() for _ in range(min(group, len(waiting)))]
+            parts = [as_embeddings(prompts[r][prefix:]) for r in new]
+            x = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # (rows, T, d_model), right-padded
+            last = torch.tensor([len(part) - 1 for part in parts], device=device)
+            positions = prefix + torch.arange(x.shape[1], device=device).expand(len(new), -1)
+            rows += new
+            cache.fit(max(len(prompts[r]) + len(answers[r]) for r in rows))
+            cache.aim(first, positions, prefix + x.shape[1])
+        else:  # decode: the token that was chosen last, for all rows in flight
+            first = 0
+            x = llm.embed(torch.tensor([[answers[r][-1]] for r in rows], device=device))
+            last = torch.zeros(len(rows), dtype=torch.long, device=device)
+            positions = torch.tensor([[len(prompts[r]) + len(answers[r]) - 1] for r in rows], device=device)
+            cache.fit(max(len(prompts[r]) + len(answers[r]) for r in rows))
+            cache.aim(first, positions, cache.k.shape[3])
+        hidden = llm.hidden_states(x, cache, positions)[torch.arange(len(x), device=device), last]  # (rows, d_model)
+        uniform = None
+        if temperature > 0:
+            for r in rows[first:]:
+                if r not in draws:
+                    draws[r] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seeds[r]))
+            uniform = torch.stack([draws[r][len(answers[r])] for r in rows[first:]]).to(device)
+        tokens = sample(llm.lm_head(hidden), temperature, top_p, uniform).tolist()
+        n_tokens += len(tokens)
+        for s, token in reversed(list(enumerate(tokens, start=first))):  # from the back: what moves into a hole is never finished itself
+            answers[rows[s]].append(token)
+            if token in stop_ids or len(answers[rows[s]]) == max_new_tokens:
+                draws.pop(rows[s], None)
+                end = rows.pop()
+                if s < len(rows):
+                    cache.move(len(rows), s)
+                    rows[s] = end
                 bar.update()
         bar.set_postfix_str(f"{n_tokens / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s", refresh=False)
-
-    while True:
-        free = [s for s in range(n_slots) if row_of_slot[s] is None]
-        if waiting and (len(free) >= max(1, n_slots // 4) or len(free) == n_slots):
-            slots = free[: len(waiting)]
-            rows = [waiting.popleft() for _ in slots]
-            parts = [as_embeddings(prompts[r][prefix:]) for r in rows]
-            counts = torch.tensor([len(part) for part in parts], device=device)
-            x = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # (rows, T, d_model), right-padded
-            slot_ids = torch.tensor(slots, device=device)
-            positions = prefix + torch.arange(x.shape[1], device=device).expand(len(rows), -1)
-            cache.aim(slot_ids, positions, prefix + x.shape[1])
-            hidden = llm.hidden_states(x, cache, positions)
-            lengths[slot_ids] = prefix + counts
-            for s, r in zip(slots, rows):
-                row_of_slot[s] = r
-                uniform[s] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seeds[r]))
-            take(slots, hidden[torch.arange(len(rows), device=device), counts - 1])
-            continue
-        active = [s for s in range(n_slots) if row_of_slot[s] is not None]
-        if not active:
-            break
-        if not waiting and len(active) <= n_slots // 2:  # the tail: drop the empty half, so that steps get cheaper
-            cache.keep(active)
-            row_of_slot = [row_of_slot[s] for s in active]
-            next_token, lengths, uniform = next_token[active], lengths[active], uniform[active]
-            n_slots, active = len(active), list(range(len(active)))
-        positions = lengths[:, None].clone()
-        cache.aim(torch.arange(n_slots, device=device), positions, int(positions.max()) + 1)
-        hidden = llm.hidden_states(llm.embed(next_token)[:, None], cache, positions)[:, 0]
-        lengths[active] += 1
-        take(active, hidden[active])
     bar.close()
     return answers
 

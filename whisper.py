@@ -9,6 +9,7 @@ its transcript is put into the prompt as text. Nothing in this file is trained. 
 References: Radford et al. 2022 (https://arxiv.org/abs/2212.04356); openai/whisper audio.py, model.py, decoding.py.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -76,26 +77,34 @@ def resample(waveform, rate_in, rate_out):
     divisor = math.gcd(rate_in, rate_out)
     up, down = rate_out // divisor, rate_in // divisor
     n_out = math.ceil(len(waveform) * up / down)
-    block = 64                              # output samples made by one matrix product
-    repeat = math.ceil(block / up)          # 48 → 16 kHz has a period of one output: take 64 periods as one
+    repeat = math.ceil(64 / up)             # 48 → 16 kHz has a period of one output: take 64 periods as one
     up, down = up * repeat, down * repeat
     periods = math.ceil(n_out / up)
+    half, kernels = resampling_kernels(up, down)
+    padded = F.pad(waveform, (half, half + 2 * down + 1))
+    out = waveform.new_empty(periods, up)
+    for start, first, kernel in kernels:
+        # Row p is what the outputs of period p see. Neighbouring rows overlap, so a strided view and no copy.
+        windows = padded.as_strided((periods, kernel.shape[1]), (down, 1), first + half)
+        out[:, start:start + len(kernel)] = windows @ kernel.T
+    return out.flatten()[:n_out]
+
+
+@functools.lru_cache(maxsize=4)             # making them takes longer than using them: 1 s where the rates have no common divisor
+def resampling_kernels(up, down):
+    """The filters behind `resample` -> (half their width, [(first output, first input seen, float32 [at most 64 outputs, inputs seen])])."""
     cutoff = 0.95 * min(1.0, up / down)     # of the input's Nyquist frequency: when downsampling, nothing above the new one may pass
     half = math.ceil(64 / cutoff)           # 64 zero crossings of the sinc on either side
     beta = 0.1102 * (100 - 8.7)             # Kaiser's rule: this window's stop band is 100 dB down
     i0_beta = torch.special.i0(torch.tensor(beta, dtype=torch.float64))
-    padded = F.pad(waveform, (half, half + 2 * down + 1))
-    out = waveform.new_empty(periods, up)
-    for start in range(0, up, block):
-        centre = torch.arange(start, min(start + block, up), dtype=torch.float64) * down / up   # float64: long periods need it
+    kernels = []
+    for start in range(0, up, 64):          # one matrix product makes 64 outputs of every period
+        centre = torch.arange(start, min(start + 64, up), dtype=torch.float64) * down / up      # float64: long periods need it
         first, last = int(centre[0]) - half, int(centre[-1]) + half + 1
-        t = torch.arange(first, last + 1) - centre[:, None]                                     # [block, taps] in input samples
+        t = torch.arange(first, last + 1) - centre[:, None]                                     # [outputs, inputs seen] in input samples
         window = torch.special.i0(beta * (1 - (t / half) ** 2).clamp(min=0).sqrt()) / i0_beta * (t.abs() <= half)
-        kernel = cutoff * torch.sinc(cutoff * t) * window
-        # Row p is what the outputs of period p see. Neighbouring rows overlap, so a strided view and no copy.
-        windows = padded.as_strided((periods, last + 1 - first), (down, 1), first + half)
-        out[:, start:start + block] = windows @ kernel.T.to(waveform)
-    return out.flatten()[:n_out]
+        kernels.append((start, first, (cutoff * torch.sinc(cutoff * t) * window).float()))
+    return half, kernels
 
 
 def log_mel(waveforms, n_mels, seconds=CLIP_SECONDS, device=None):
@@ -114,6 +123,7 @@ def log_mel(waveforms, n_mels, seconds=CLIP_SECONDS, device=None):
     return (log + 4) / 4
 
 
+@functools.lru_cache
 def mel_filters(n_mels):
     """Slaney's triangular filters (librosa.filters.mel), each of unit area. Returns float32, shape = (n_mels, 201)."""
     # Slaney's scale: 3 mels per 200 Hz up to 1 kHz (= 15 mels), then 27 mels for each factor of 6.4.

@@ -1,0 +1,73 @@
+"""bench.py: every comparison runs, both sides agree (bench.py asserts it in float32), and the last line is one JSON object."""
+
+import json
+
+import pytest
+from conftest import ROOT, script
+
+RANDOM = ["--llm", "random:tiny", "--whisper", "random:tiny-whisper", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
+TINY = {
+    "generate": ["--rows", 9, "--batches", "2,4", "--peer_batches", "4", "--max_new_tokens", 20],
+    "train": ["--batches", "2"],
+    "encode": ["--batches", "2"],
+    "audio": [],
+    "growth": ["--rows", 8, "--max_new_tokens", 2],
+    "cost": [],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{name: (its JSON line, what it printed)}, run once each"""
+    out = tmp_path_factory.mktemp("bench") / "bench.jsonl"
+    done = {name: script("bench.py", name, *RANDOM, "--out", out, *more) for name, more in TINY.items()}
+    assert all(d.status == 0 for d in done.values()), {name: d.err for name, d in done.items()}
+    return {name: json.loads(d.out.splitlines()[-1]) for name, d in done.items()} | {"file": out}
+
+
+def test_both_sides_are_timed(results):
+    for name in ("generate", "train", "encode"):
+        r = results[name]
+        assert r["bench"] == name and r["dtype"] == "torch.float32"
+        assert r["ratio"] == pytest.approx(r["peer_seconds"] / r["ours_seconds"], rel=1e-6)  # one turn: the median ratio is its ratio
+        assert r["ours_warm_up"] > 0 and r["cpu_ratio"] > 0 and r["ceiling_flops"] > 1e8
+
+
+def test_generate_counts_what_was_done(results):
+    r = results["generate"]
+    assert r["same_answers"] == 1 and r["rows"] == 9 and r["ours_batch"] in (2, 4) and r["peer_batch"] == 4
+    assert 9 <= r["new_tokens"] <= 9 * 20 and r["shared_prefix"] >= 25 and 9 * 30 <= r["prompt_tokens"] <= 9 * 200
+    assert 0 < r["fraction_of_floor"] < 1
+
+
+def test_train_step_agrees_with_the_official_composition(results):
+    r = results["train"]
+    assert abs(r["losses"][0] - r["losses"][1]) < 1e-4 and r["losses"][0] > 1
+    assert r["peer_peak_bytes"] > r["ours_peak_bytes"] >= 0 and 0 < r["mfu"] < 1
+
+
+def test_data_and_cost(results):
+    assert all(results["audio"][name]["times_real_time"] > 1 for name in ("16000.wav", "44100.mp3", "44101.wav"))
+    cost = results["cost"]
+    assert cost["computed_not_measured"] and 11 < cost["training_tflop_per_row"] < 12  # design.md: about 11.4 TFLOP
+
+
+def test_growth_is_drawn(results, tmp_path, monkeypatch):
+    assert {p["axis"] for p in results["growth"]["points"]} == {"batch", "prompt length", "rows"}
+    monkeypatch.chdir(tmp_path)
+    done = script("bench.py", "plot", "--out", results["file"])
+    assert done.status == 0 and "</svg>" in (tmp_path / "assets" / "speed.svg").read_text(encoding="utf-8"), done.err
+
+
+@pytest.mark.slow
+def test_load_in_fresh_processes(tiny_world):
+    done = script("bench.py", "load", "--llm", tiny_world.llm, "--whisper", tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
+                  "--device", "cpu", "--out", tiny_world.folder / "bench.jsonl")  # fmt: skip
+    seconds = json.loads(done.out.splitlines()[-1])["seconds"]
+    assert 0 < seconds["torch alone"] < seconds["peer"] and seconds["ours"] > 0
+
+
+def test_without_a_name_it_says_what_there_is():
+    done = script("bench.py")
+    assert done.status == 1 and "generate|train|encode|audio|load" in done.err
+    assert (ROOT / "bench.py").is_file() and "--peer_batches" in script("bench.py", "--help").out
