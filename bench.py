@@ -243,8 +243,10 @@ def bench_generate(s, device, dtype):
     prompts, stop_ids = ragged_prompts(s, llm, s.rows)
     ours = lambda batch: generate(llm, prompts, s.max_new_tokens, stop_ids=stop_ids, batch_size=batch)
     theirs = lambda batch: peer_generate(peer, prompts, s.max_new_tokens, stop_ids, batch)
-    sizes = [[int(b) for b in text.split(",")] for text in (s.batches, s.peer_batches)]
-    best = [min((timed(lambda: run(b), device)[device.type == "cpu"], b) for b in bs)[1] if len(bs) > 1 else bs[0] for run, bs in zip((ours, theirs), sizes)]
+    best = []
+    for run, text in ((ours, s.batches), (theirs, s.peer_batches)):
+        sizes = [int(b) for b in text.split(",")]
+        best.append(min(sizes, key=lambda b: timed(lambda: run(b), device)[device.type == "cpu"]) if len(sizes) > 1 else sizes[0])
     mine, others = ours(best[0]), theirs(best[1])
     same = sum(a == b for a, b in zip(mine, others)) / len(prompts)
     assert dtype != torch.float32 or same == 1, f"greedy answers must be the same in float32, {same:.0%} are"
@@ -346,7 +348,7 @@ def bench_train(s, device, dtype):
     result = in_turns(ours, peer, s.repeats, device)
     rate, _ = ceilings(dtype, device)
     n_targets = sum(len(row["target"]) for row in rows)
-    needed = train.flops(model, batch, sum(lengths) - 30 * (batch - 1), n_targets)  # the shared beginning is needed once
+    needed = train.flops(model, batch, sum(lengths) - 30 * batch, n_targets)  # the shared beginning is kept from step to step
     return result | {
         "batch": batch, "tokens": [min(lengths), max(lengths)], "losses": losses, "audio_seconds": seconds,
         "ours_samples_per_second": batch / result["ours_seconds"], "peer_samples_per_second": batch / result["peer_seconds"],

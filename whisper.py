@@ -160,6 +160,15 @@ def tap_layers(n_layers):
     return [math.ceil(quarter * n_layers / 4) - 1 for quarter in (1, 2, 3, 4)]
 
 
+def attend(q, k, v, is_causal=False):
+    """q [B, heads, T, d_head] looks at k and v [B, heads, S, d_head]. On CPUs in bf16 plain products are faster than the fused kernel,
+    1.6× in the encoder and 5× for a single query: 500 queries at a time, so that their scores stay in cache."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or is_causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    q, k, v = q * q.shape[-1] ** -0.5, k.contiguous().transpose(2, 3), v.contiguous()
+    return torch.cat([(part @ k).softmax(-1) @ v for part in q.split(500, dim=2)], dim=2)
+
+
 class Attention(nn.Module):
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -179,7 +188,7 @@ class Attention(nn.Module):
     def forward(self, x, k, v, is_causal=False):
         """x asks, k and v answer: they come from x itself, from a cache, or from the encoder."""
         q = self.split_heads(self.q_proj(x))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)        # [B, heads, T, d_head]
+        y = attend(q, k, v, is_causal)                                          # [B, heads, T, d_head]
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))
 
 
