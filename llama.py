@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -100,6 +98,10 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+# The weights come from a file. To initialize them first, even on the meta device, would import 800 modules (sympy …): 1.3 s.
+Linear, Embedding = (type(c.__name__, (c,), {"reset_parameters": lambda self: None}) for c in (nn.Linear, nn.Embedding))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -142,10 +144,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
-        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
+        self.q_proj = Linear(c.d_model, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
@@ -163,9 +165,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.gate_proj = Linear(c.d_model, c.d_ff, bias=False)
+        self.up_proj = Linear(c.d_model, c.d_ff, bias=False)
+        self.down_proj = Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x):  # SwiGLU
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -191,10 +193,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = c = config
         self.model = nn.Module()  # the official files prefix everything but the head with "model."
-        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
+        self.model.embed_tokens = Embedding(c.vocab_size, c.d_model)
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.model.norm = RMSNorm(c.d_model, c.norm_eps)
-        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
         self.sharded = False  # see shard_blocks
         self.checkpoint_activations = False  # keep each block's input only, and compute the rest again on the way back
 
@@ -242,6 +244,8 @@ def shard_blocks(llm, device):
 
     So all processes must run hidden_states, and its backward pass, equally often. Embeddings and head stay whole.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # here: it takes half as long to import as torch
+
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in llm.model.layers:
         fully_shard(block, mesh=mesh)
@@ -293,7 +297,9 @@ def load_weights(module, folder, dtype, device):
                         misshapen.append(f"{name} {shape}, expected {wanted}")
                     elif name not in tied:
                         loaded[name] = tensors.get_tensor(name).to(dtype)
-                        if isinstance(p := parameters[name], DTensor):  # this process's part; the whole tensor is let go
+                        if hasattr(p := parameters[name], "placements"):  # a DTensor: this process's part; the whole tensor is let go
+                            from torch.distributed.tensor import distribute_tensor
+
                             loaded[name] = distribute_tensor(loaded[name], p.device_mesh, p.placements, src_data_rank=None)
                     missing.discard(name)
         except SafetensorError as error:
