@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -104,9 +105,12 @@ def new_folder(target):
 def new_file(target):
     """The same for a file: yield the temporary path to write to."""
     tmp = target.with_name(target.name + ".tmp")
-    yield tmp
-    fsync(tmp)
-    tmp.rename(target)
+    try:
+        yield tmp
+        fsync(tmp)
+        tmp.rename(target)
+    except (OSError, soundfile.LibsndfileError, AssertionError) as error:  # soundfile asserts that all samples were written
+        raise OSError(f"{target} cannot be written ({str(error) or 'disk full'}): free space or mend that folder") from None
 
 
 def write_json(path, value):
@@ -333,8 +337,8 @@ def make_split(settings, split, n):
     rows = partial.read_bytes()
     os.truncate(partial, rows.rfind(b"\n") + 1)  # a kill may have torn the last row
     done, start, stop = rows.count(b"\n"), time.time(), []
-    # Ctrl-C sets a flag instead of raising: an exception inside espeak's callback would be printed and forgotten.
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    # A signal sets a flag instead of raising: an exception inside espeak's callback would be printed and forgotten.
+    previous = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with open(partial, "a", encoding="utf-8") as f:
             for i in tqdm(range(done, n), initial=done, total=n, desc=f"{split} clips", mininterval=1):
@@ -346,7 +350,8 @@ def make_split(settings, split, n):
                 if stop:
                     raise KeyboardInterrupt
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     fsync(partial)
     partial.rename(metadata)
     print(f"{metadata}: {n} clips, {n - done} of them made now in {time.time() - start:.0f} s")
@@ -376,9 +381,16 @@ def main():
     make_clips(settings)
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
+    except (OSError, SafetensorError) as error:  # a full or read-only disk
+        sys.exit(f"error: {error}; what is finished is kept, the same command goes on from here")
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept; the same command goes on from here.")
         sys.exit(130)

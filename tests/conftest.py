@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+
+# One thread, here and in the scripts the tests start: the models are tiny, and with busy neighbours a second thread costs minutes (LOG.md).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
