@@ -3,10 +3,14 @@ common.py: the plumbing that the scripts share: command line, processes, JSONL f
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -15,23 +19,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
 # -- settings and command line -----------------------------------------------------------------------------------------
 
 
-def setting(default, help):
-    """A field of a script's settings dataclass, with the reason or meaning that --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help, low=0, high=10**9):
+    """A field of a script's settings dataclass, with the reason or meaning that --help prints, and a number's range.
+
+    A default of -1 ("off", "all") is allowed whatever the range.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 def parse_settings(cls, description, argv=None):
-    """Fill the dataclass from the command line: --name value, typed like the default. Unknown names are errors."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Fill the dataclass from the command line: --name value, typed like the default. Unknown names, wrong types and ranges are errors."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False, usage=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
         kind, text = type(field.default), f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, metavar=kind.__name__)
     settings = cls(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(cls):
+        value, (low, high) = getattr(settings, field.name), field.metadata["range"]
+        if not isinstance(value, str) and value != field.default and not low <= value <= high:  # NaN is in no range
+            parser.error(f"argument --{field.name}: {value} is not between {low} and {high}")
     changed = {f.name: getattr(settings, f.name) for f in dataclasses.fields(cls) if getattr(settings, f.name) != f.default}
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print("settings:", ", ".join(f"{name}={value!r}" for name, value in changed.items()), file=sys.stderr)
@@ -40,7 +54,34 @@ def parse_settings(cls, description, argv=None):
 
 def fail(error):
     """One clear line on stderr and exit status 1: for what a user can get wrong."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # its last state goes before the error, not after it
     sys.exit(f"error: {error}")
+
+
+def run(main):
+    """Call a script's main(). Wrong input, a full disk, a signal, a lost process: each ends in one clear line, and in a status that is not 0."""
+
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        os.write(2, f"\nstopped by {signal.Signals(number).name}: what is finished is kept, the same command continues\n".encode())
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            fail("out of memory: lower --micro_batch, --batch_size or the lengths (" + (text or "MemoryError").splitlines()[0] + ")")
+        if dist.is_initialized() and ("peer" in text or "imed out" in text):  # closed by, reset by; Timed out
+            line = text.strip().splitlines()[0]
+            os.write(2, f"error: rank {os.environ['RANK']} lost another rank ({line}); torchrun names it. The same command continues\n".encode())
+            os._exit(1)  # an orderly exit would wait for the lost rank
+        raise
 
 
 def run_description(settings):
@@ -61,11 +102,16 @@ def run_description(settings):
 # -- processes -----------------------------------------------------------------------------------------------------------
 
 
+TIMEOUT = datetime.timedelta(minutes=30)  # for a rank that hangs; a killed one is noticed at once, and torchrun ends the others
+
+
 def start_processes():
     """Join the process group under torchrun, or be a world of one under plain python. -> (rank, world size, device)"""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = max(1, world)
     device = torch.device("cpu")
+    if (asked := os.environ.get("CUDA_VISIBLE_DEVICES", "")) not in ("", "-1") and not torch.cuda.is_available():
+        fail(f"CUDA_VISIBLE_DEVICES={asked} asks for a GPU, and torch finds none: check the driver, or unset it to compute on the CPU")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             n = torch.cuda.device_count()
@@ -76,7 +122,7 @@ def start_processes():
         # torchrun sets one thread per process; share the cores among the processes of this node instead.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return rank, world, device
 
 
@@ -91,7 +137,19 @@ def sum_over_ranks(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
+def gather(items):
+    """The lists of all ranks, joined in the order of the ranks."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
+
+
 # -- files -----------------------------------------------------------------------------------------------------------------
+
+
+MAX_ROW = 1 << 18  # bytes of one row; more is a broken file, and would only cost memory
 
 
 class JsonLines:
@@ -109,7 +167,10 @@ class JsonLines:
         if missing := [str(file) for file in self.files if not file.is_file()] or ([] if self.files else [f"{path}/*.jsonl"]):
             raise FileNotFoundError(f"{missing[0]} is missing: `python demo/prepare.py` and `python generate_data.py` make the demo's")
         self.path, self.starts = path, [row_starts(file) for file in self.files]
+        self.bytes = sum(int(starts[-1]) for starts in self.starts)
         self.first = np.cumsum([0] + [len(starts) - 1 for starts in self.starts])  # number of each file's first row
+        if not len(self):
+            raise ValueError(f"{path} holds no rows")
 
     def __len__(self):
         return int(self.first[-1])
@@ -137,12 +198,16 @@ class JsonLines:
     def __getitem__(self, i):
         """Row i as a dict. ValueError names file and row where it is not a JSON object."""
         number, row = self.locate(i)
+        start, end = self.starts[number][row : row + 2]
+        if end - start > MAX_ROW:
+            raise ValueError(f"{self.name(i)} is longer than {MAX_ROW:,} bytes: no row is")
         with open(self.files[number], "rb") as file:
-            file.seek(self.starts[number][row])
-            line = file.read(self.starts[number][row + 1] - self.starts[number][row])
+            file.seek(start)
+            line = file.read(end - start)
         try:
             row = json.loads(line)
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, "\\ud800", could be read, but never written again
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.name(i)} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.name(i)} is not a JSON object")
@@ -177,23 +242,81 @@ def row_starts(file):
         os.replace(temporary, kept)
         return np.memmap(kept, np.int64, "r")[:-2]
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
+            temporary.unlink()
         return index[:-2]
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Whatever keeps the body from writing: the error names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{path} cannot be written ({error.strerror or error}): free space or mend that folder"
+        raise OSError(f"{reason}, then the same command continues; what stood there before is whole") from None
 
 
 def write_atomically(path, write):
     """Call write(temporary name), flush to the disk, rename: whoever reads sees the old file or the whole new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def tensors_hash(tensors):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path, tensors):
+    """Write a safetensors file, atomically, that holds the sha256 of its own tensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # As bytes: safetensors' own save_file leaves a file of another name behind when it is killed.
+    data = save(tensors, {"sha256": tensors_hash(tensors)})  # one entry: of several, safetensors writes the order at random
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def load_tensors(path):
+    """What save_tensors wrote, on the CPU; also safetensors files of others, without a sha256. ValueError names a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            sha256 = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if sha256 and sha256 != tensors_hash(tensors):
+        raise ValueError(f"{path} is damaged (its tensors are not those whose sha256 it holds)")
+    return tensors
+
+
+def write_record(path, value):
+    """A dict as JSON, atomically, with the sha256 of itself."""
+    write_text(path, json.dumps(value | {"sha256": hashlib.sha256(json.dumps(value).encode()).hexdigest()}, indent=2))
+
+
+def read_record(path):
+    """What write_record wrote, or JSON of others without a sha256. ValueError names a damaged file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        sha256 = value.pop("sha256", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if sha256 and sha256 != hashlib.sha256(json.dumps(value).encode()).hexdigest():
+        raise ValueError(f"{path} is damaged (its text is not the one whose sha256 it holds; if you changed it on purpose, take that entry out)")
+    return value
 
 
 def file_hash(folder):
@@ -219,14 +342,23 @@ def work_in_blocks(n_items, block, folder, stamp, rank, world, make):
     stamp = json.dumps(stamp | {"n_items": n_items, "block": block}, sort_keys=True)
     if rank == 0:
         file = folder / "stamp.json"
+        if not file.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left of a finished run that was killed while it cleaned up
         if file.exists() and file.read_text(encoding="utf-8") != stamp:
             raise ValueError(f"{folder} holds blocks made with other settings or data: delete that folder, or give another --out")
         write_text(file, stamp)
+        for claim in folder.glob("*.claim"):
+            claim.unlink()  # of a killed run
     barrier()
     todo = [b for b in range(len(blocks)) if not parts[b].exists()]
     done = n_items - sum(len(blocks[b]) for b in todo)
     with tqdm(total=n_items, initial=done, desc=folder.name.split(".")[0], unit="row", disable=rank > 0) as bar:
-        for b in todo[rank::world]:
+        for b in todo:
+            # Whoever is free takes the next block: after days of equal shares, the first rank would wait too long for the last.
+            try:
+                parts[b].with_suffix(".claim").touch(exist_ok=False)
+            except FileExistsError:
+                continue
             rows = make(blocks[b])
             write_text(parts[b], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             bar.update(min(len(blocks[b]) * world, bar.total - bar.n))

@@ -14,7 +14,6 @@ import importlib
 import inspect
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import common
@@ -32,17 +31,17 @@ class Settings:
     out: str = setting("out/demo/predictions.jsonl", "predictions to write; scores go to OUT.scores.json, the official form to OUT.official")
     score: str = setting("", "score this predictions file, without a model; several, separated by commas, side by side")
     judge: str = setting("", "Hugging Face folder of a local LLM that stands in for the official judge")
-    text_only: int = setting(0, "1: the backbone alone answers from the text of the audio (the reference of speech_ifeval)")
+    text_only: int = setting(0, "1: the backbone alone answers from the text of the audio (the reference of speech_ifeval)", high=1)
     system: str = setting("", "system prompt instead of the benchmark's own, or a .json file of messages: with worked examples")
-    cot: int = setting(0, "1: ask for step-by-step reasoning before the answer (our wording)")
+    cot: int = setting(0, "1: ask for step-by-step reasoning before the answer (our wording)", high=1)
     precision: str = setting("fast", "official: Whisper and Q-Former in float32")
     long_audio: str = setting("", "cut or split: whether more than the adapter's window is heard; '' means as it was trained")
-    max_new_tokens: int = setting(-1, "-1 means the benchmark's own limit")
-    temperature: float = setting(0.0, "0 is greedy, as in all five benchmarks")
-    top_p: float = setting(1.0, "nucleus sampling, where temperature is not 0")
-    batch_size: int = setting(32, "rows in flight while generating")
-    block: int = setting(64, "rows saved together; at most this many are lost by a kill")
-    limit: int = setting(-1, "only the first so many rows; -1 means all")
+    max_new_tokens: int = setting(-1, "-1 means the benchmark's own limit", low=1, high=100_000)
+    temperature: float = setting(0.0, "0 is greedy, as in all five benchmarks", high=100)
+    top_p: float = setting(1.0, "nucleus sampling, where temperature is not 0", low=1e-6, high=1)
+    batch_size: int = setting(32, "rows in flight while generating", low=1)
+    block: int = setting(64, "rows saved together; at most this many are lost by a kill", low=1)
+    limit: int = setting(-1, "only the first so many rows; -1 means all", low=1)
     options: str = setting("", "more for the task's load(), as JSON, e.g. '{\"subset\": \"openbookqa\"}'")
 
 
@@ -75,31 +74,39 @@ def main():
     tasks = sorted(file.stem for file in (Path(__file__).parent / "benchmarks").glob("*.py") if file.stem not in ("common", "__init__"))
     if s.task not in tasks:
         raise ValueError(f"--task {s.task!r} is none of {', '.join(tasks)}")
+    if s.precision not in ("fast", "official"):
+        raise ValueError(f"--precision {s.precision!r} is neither fast nor official")
+    if not s.score and Path(s.out).is_dir():
+        raise ValueError(f"--out {s.out!r} is a folder: give a file name")
     task = importlib.import_module(f"benchmarks.{s.task}")
     if s.judge and not hasattr(task, "judge_messages"):
         raise ValueError(f"--task {s.task} is scored by rules alone: it takes no --judge")
     if s.score:
         files = [s.score] if Path(s.score).exists() else s.score.split(",")
-        rank, predictions = 0, {file: task.read_predictions(file) for file in files}
+        rank, failed, predictions = 0, [], {file: task.read_predictions(file) for file in files}
     else:
-        rank, rows = predict(s, task)
+        rank, rows, failed = predict(s, task)
         predictions = {s.out: rows}
     if rank == 0:
         # With --score, a --data file holds the benchmark's labels: predictions made for another revision are found out.
         labels = {"labels": s.data} if s.score and s.data != Settings.data else {}
         judge = make_judge(s) if s.judge else None
-        scores = {file: task.score(rows, judge, **labels) for file, rows in predictions.items()}
+        try:
+            scores = {file: task.score(rows, judge, **labels) for file, rows in predictions.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{' or '.join(predictions)} does not hold what --task {s.task} predicts ({error!r})") from error
         print_scores([{"predictions": file} | score for file, score in scores.items()])
         if not s.score:
             common.write_text(f"{s.out}.scores.json", json.dumps(scores[s.out], indent=2))
             if hasattr(task, "dump"):  # where the official scorer does not read JSONL
                 task.dump(rows, f"{s.out}.official")
-        summaries = {file: task.summary(score) for file, score in scores.items()}
+            shutil.rmtree(f"{s.out}.parts")
+        summaries = {file: task.summary(score) | ({"failed": len(failed)} if failed else {}) for file, score in scores.items()}
         print(json.dumps(summaries if len(summaries) > 1 else [*summaries.values()][0]))
 
 
 def predict(s, task):
-    """Answer all rows, on all ranks, continuing an interrupted run. -> (rank, finished rows)"""
+    """Answer all rows, on all ranks, continuing an interrupted run. -> (rank, finished rows, rows that could not be answered)"""
     from model import DeSTA, opening, torch
 
     rank, world, device = common.start_processes()
@@ -125,23 +132,32 @@ def predict(s, task):
         print("".join(f"  {message['role']}: {message['content']}\n" for row in rows[:1] for message in row["messages"]))
 
     def make(indices):
-        with torch.no_grad():
-            run = getattr(task, "answer", None) or (lambda *args, **kwargs: answer(*args, task=task, **kwargs))
-            return run(
-                model, [rows[i] for i in indices], max_new_tokens=max_new_tokens, root=s.audio_root,
-                temperature=s.temperature, top_p=s.top_p, batch_size=s.batch_size,
-            )  # fmt: skip
+        run = getattr(task, "answer", None) or (lambda *args, **kwargs: answer(*args, task=task, **kwargs))
+        try:
+            with torch.no_grad():
+                return run(
+                    model, [rows[i] for i in indices], max_new_tokens=max_new_tokens, root=s.audio_root,
+                    temperature=s.temperature, top_p=s.top_p, batch_size=s.batch_size,
+                )  # fmt: skip
+        except (ValueError, OSError) as error:  # one bad clip: answer the others one by one
+            return [row for i in indices for row in make([i])] if len(indices) > 1 else [{"failed": f"row {indices[0] + 1}: {error}"}]
 
     stamp = {"settings": dataclasses.asdict(s), "adapter": None if s.text_only else common.file_hash(s.adapter)}
     parts = common.work_in_blocks(len(rows), s.block, f"{s.out}.parts", stamp, rank, world, make)
     finished = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
+    failed = [row["failed"] for row in finished if "failed" in row]
+    finished = [row for row in finished if "failed" not in row]
+    common.barrier()  # all ranks have read the parts
+    if failed and rank == 0:
+        print(f"{len(failed)} of {len(rows)} rows could not be answered and are not scored: {'; '.join(failed[:5])}")
     if rank == 0:
+        info = common.run_description(s) | {"adapter_sha256": stamp["adapter"], "failed": failed}
         common.write_text(s.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished))
-        common.write_text(f"{s.out}.info.json", json.dumps(common.run_description(s) | {"adapter_sha256": stamp["adapter"]}, indent=2))
-    common.barrier()
-    if rank == 0:
-        shutil.rmtree(f"{s.out}.parts")
-    return rank, finished
+        common.write_text(f"{s.out}.info.json", json.dumps(info, indent=2))
+    if not finished:
+        shutil.rmtree(f"{s.out}.parts", ignore_errors=True)
+        raise ValueError("no row could be answered: is --audio_root right?")
+    return rank, finished, failed
 
 
 def make_judge(s):
@@ -158,9 +174,4 @@ def make_judge(s):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        common.fail(error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: finished rows are kept, the same command continues")
+    common.run(main)

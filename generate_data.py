@@ -15,7 +15,6 @@ import dataclasses
 import json
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -36,16 +35,17 @@ class Settings:
     out: str = setting("data/demo/train.jsonl", "training rows to write")
     instructions: str = setting("demo/instructions", "folder with speech.txt, sound.txt, music.txt: one instruction a line")
     system: str = setting("demo/context.json", "system prompt of every row, or a .json file of messages: system prompt and worked examples")
-    per_clip: int = setting(1, "instructions drawn for each clip")
-    temperature: float = setting(0.05, "the paper's: nearly greedy")
-    top_p: float = setting(1.0, "the paper's")
-    max_new_tokens: int = setting(36, "an answer cut here is marked \"truncated\": true; short answers suit the demo's small LLM")
-    keep_truncated: int = setting(0, "1 keeps cut answers in the file; by default they are counted and left out")
-    batch_size: int = setting(64, "rows in flight while generating")
-    block: int = setting(128, "rows saved together; at most this many are lost by a kill")
-    audio_seconds: int = setting(6, "the transcript's window: clips are padded or cut to this; paper: 30")
+    per_clip: int = setting(1, "instructions drawn for each clip", low=1, high=1000)
+    temperature: float = setting(0.05, "the paper's: nearly greedy", high=100)
+    top_p: float = setting(1.0, "the paper's", low=1e-6, high=1)
+    max_new_tokens: int = setting(36, "an answer cut here is marked \"truncated\": true; short ones suit the demo's small LLM", low=1, high=100_000)
+    max_description: int = setting(1000, "tokens; clips with a longer description are left out: one would take all memory", low=1)
+    keep_truncated: int = setting(0, "1 keeps cut answers in the file; by default they are counted and left out", high=1)
+    batch_size: int = setting(64, "rows in flight while generating", low=1)
+    block: int = setting(128, "rows saved together; at most this many are lost by a kill", low=1)
+    audio_seconds: int = setting(6, "the transcript's window: clips are padded or cut to this; paper: 30", low=1, high=30)
     long_audio: str = setting("cut", "what becomes of longer clips: cut, or split into windows that are all transcribed")
-    limit: int = setting(-1, "only the first so many clips; -1 means all")
+    limit: int = setting(-1, "only the first so many clips; -1 means all", low=1)
     seed: int = setting(0, "of the drawn instructions and of sampling")
 
 
@@ -57,6 +57,8 @@ def describe(segments):
     """A clip in words, one line per segment: "[00:00-00:05] Hello world (Gender: female, Pitch: high)"."""
     lines = []
     for segment in segments:
+        if not 0 <= segment["start"] <= segment["end"]:
+            raise ValueError(f"a segment from {segment['start']} to {segment['end']} s")
         facts = ", ".join(f"{name}: {value}" for name, value in segment.get("attributes", {}).items())
         time = f"[{clock(segment['start'])}-{clock(round(segment['end']))}]"
         parts = [time, segment.get("text", ""), f"({facts})" if facts else ""]
@@ -85,11 +87,13 @@ def make_block(indices, metadata, pools, context, settings, llm, tokenizer, whis
             if clip["domain"] not in pools:
                 raise ValueError(f"{metadata.name(i)}: no instructions for domain {clip['domain']!r} in {settings.instructions}")
             row = {"index": i, "clip": clip, "description": describe(clip["segments"])}
+            if len(tokenizer.encode(row["description"], special=False)) > settings.max_description:
+                raise ValueError(f"{metadata.name(i)}: the description is longer than {settings.max_description} tokens")
             clips.append(audio_windows(clip["id"], settings.audio_root, settings.audio_seconds, settings.long_audio))
             rows.append(row)
         except (ValueError, OSError) as error:  # one bad clip among millions is counted, not fatal
-            rows.append({"index": i, "skipped": str(error)})
-        except (KeyError, TypeError, AttributeError) as error:
+            rows.append({"index": i, "skipped": " ".join(str(error).split())})
+        except Exception as error:  # a row can be wrong in more ways than can be listed
             rows.append({"index": i, "skipped": f"{metadata.name(i)}: segments need start, end and attributes ({error!r})"})
     transcripts = iter(transcribe_windows(whisper, clips, settings.audio_seconds, min(128, 8 * settings.audio_seconds)))
     finished, prompts, seeds = [], [], []
@@ -158,6 +162,8 @@ def main():
         raise ValueError(f"--long_audio {settings.long_audio!r} is neither cut nor split")
     start = time.time()
     rank, world, device = common.start_processes()
+    if Path(settings.out).is_dir():
+        raise ValueError(f"--out {settings.out!r} is a folder: give a file name")
     metadata = common.JsonLines(settings.metadata)
     pools, context = read_instructions(settings.instructions), opening(settings.system)
     n_clips = len(metadata) if settings.limit < 0 else min(settings.limit, len(metadata))
@@ -171,20 +177,21 @@ def main():
     llm = Llama.from_pretrained(settings.llm, dtype, device)
     whisper = Whisper.from_pretrained(settings.whisper, dtype, device)
     make = lambda indices: make_block(indices, metadata, pools, context, settings, llm, tokenizer, whisper, progress=rank == 0)
-    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "context": context}
-    stamp |= {"metadata_bytes": sum(file.stat().st_size for file in metadata.files)}
+    hashes = {"weights_sha256": common.file_hash(settings.llm)} if rank == 0 else {}
+    stamp = {"settings": dataclasses.asdict(settings), "instructions": pools, "context": context, "metadata_bytes": metadata.bytes} | hashes
     parts = common.work_in_blocks(n_clips, settings.block, folder, stamp, rank, world, make)
     if rank == 0:
-        counts = merge(parts, settings, common.run_description(settings) | {"weights_sha256": common.file_hash(settings.llm)})
+        counts = merge(parts, settings, common.run_description(settings) | hashes)
         shutil.rmtree(folder)
+        if counts["rows"] == 0:
+            Path(settings.out).unlink()  # else the next run would find its work done
+            raise ValueError(f"no clip gave a row, see {settings.out}.info.json: is --audio_root right? ({counts})")
         seconds = time.time() - start
         print(f"{settings.out}: {counts['rows']} rows ({counts['truncated']} truncated), {counts['skipped']} clips skipped, {seconds:.0f} s")
+        if counts["skipped"]:
+            reasons = [row["skipped"] for row in json.loads(Path(f"{settings.out}.info.json").read_text(encoding="utf-8"))["skipped"]]
+            print("skipped: " + "; ".join(reasons[:5]) + f" (more in {settings.out}.info.json)" * (len(reasons) > 5))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        common.fail(error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: finished blocks are kept, the same command continues")
+    common.run(main)

@@ -11,6 +11,7 @@ the official safetensors files, so that no mapping table stands between the file
 
 import argparse
 import math
+import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -410,6 +411,8 @@ def generate(
     """
     device, dtype = llm.model.embed_tokens.weight.device, llm.model.embed_tokens.weight.dtype
     prompts = [torch.as_tensor(p, device=device) for p in prompts]
+    if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1 or batch_size < 1:
+        raise ValueError("generate: max_new_tokens and batch_size must be at least 1, temperature at least 0, top_p above 0 and at most 1")
     if not prompts:
         return []
     if min(len(p) for p in prompts) == 0:
@@ -491,4 +494,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

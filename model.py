@@ -12,7 +12,7 @@ training targets. Filled with the audio vectors and the transcript, the same LLM
 
 import argparse
 import functools
-import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,10 +20,8 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from common import fail, write_atomically, write_text
+from common import load_tensors, read_record, run, save_tensors, write_record
 from llama import Llama, Prefix, add_lora, generate
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
@@ -46,6 +44,8 @@ def audios_of(messages):
     audios = []
     for i, message in enumerate(messages):
         n_slots, given = message["content"].count(AUDIO), message.get("audios") or []
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"message {i}: the role is {message['role']!r}, not system, user or assistant")
         if n_slots != len(given):
             raise ValueError(f"message {i} ({message['role']}) has {n_slots} {AUDIO} but {len(given)} audios")
         audios += given
@@ -99,9 +99,14 @@ def audio_slot(tokenizer, n_queries):
 # Audio files
 
 
-def audio_file(path, root="."):
-    """root/path, or where nothing is there, the one file that differs from it in its extension: data sets say .flac of what is .wav on disk."""
-    file = Path(root) / path
+def audio_file(path, root=None):
+    """root/path, or where nothing is there, the one file that differs from it in its extension: data sets say .flac of what is .wav on disk.
+
+    root: the folder that the path starts from and must stay in (ValueError), for it comes out of a data file; None: any path will do.
+    """
+    file = Path(root or ".") / path
+    if root is not None and not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(root)):
+        raise ValueError(f"{path} lies outside the audio root {root}: give a root that holds it (/ holds all absolute paths)")
     if file.exists() or not file.name:
         return file
     others = [other for suffix in SUFFIXES if (other := file.with_suffix(suffix)).exists()]
@@ -187,7 +192,7 @@ class DeSTA(torch.nn.Module):
         if adapter is not None:
             if not (Path(adapter) / "config.json").is_file():
                 raise FileNotFoundError(f"{adapter}/config.json is missing: {NO_ADAPTER}")
-            saved = read_json(Path(adapter) / "config.json")
+            saved = read_record(Path(adapter) / "config.json")
             qformer |= {"n_layers": saved["qformer_num_hidden_layers"], "n_queries": saved["prompt_size"]}
             audio_seconds, long_audio = saved.get("audio_seconds", 30), long_audio or saved.get("long_audio", "")
             lora_rank = saved.get("lora_rank", 16 * bool(saved.get("use_lora")))  # the official code knows no other rank
@@ -216,12 +221,12 @@ class DeSTA(torch.nn.Module):
 
     # -- audio in ------------------------------------------------------------------------------------------------------
 
-    def mels(self, path, root="."):
+    def mels(self, path, root=None):
         """Audio file -> log-mels of its windows (n_windows, n_mels, 100 * audio_seconds) on the CPU; safe to call in data-loading workers."""
         windows = audio_windows(path, root, self.audio_seconds, self.long_audio)
         return log_mel(windows, self.whisper.config.num_mel_bins, seconds=self.audio_seconds)
 
-    def read(self, messages, root=".", fill=None):
+    def read(self, messages, root=None, fill=None):
         """A conversation -> (token ids of its prompt, list of the log-mels that its AUDIO_IDs stand for). fill: see build_prompt."""
         fill = fill or (audio_slot(self.tokenizer, self.qformer.config.n_queries) if self.qformer else description_slot(self.tokenizer))
         mels = []
@@ -252,7 +257,7 @@ class DeSTA(torch.nn.Module):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, row, root=".", fill=None):
+    def prepare(self, row, root=None, fill=None):
         """A training row -> {"ids", "target", "mels"}: tokens of the prompt and of the answer, and the clips' log-mels.
 
         fill: what goes into the slot (see build_prompt), by default the audio. Runs on the CPU, in any worker process.
@@ -307,7 +312,7 @@ class DeSTA(torch.nn.Module):
         if hidden.requires_grad:
             hidden.sum().backward()
 
-    def loss(self, rows, n_target_tokens=None, root="."):
+    def loss(self, rows, n_target_tokens=None, root=None):
         """Mean cross-entropy of the target tokens of rows (training rows, or what `prepare` made of them) -> scalar.
 
         n_target_tokens: divide by this many instead of the batch's own count. train.py passes the count of the *global*
@@ -321,13 +326,14 @@ class DeSTA(torch.nn.Module):
     # -- inference -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, messages, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0, root=".", fill=None, **options):
+    def generate(self, messages, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0, root=None, fill=None, **options):
         """Answer one conversation, or a list of them -> list of str.
 
         messages: [{"role": "system", "content": "..."},
                    {"role": "user", "content": "<|AUDIO|>\nWho speaks?", "audios": [{"audio": "a.wav", "text": None}]}]
         with any number of turns and audios, none included. "text" is the transcript; None: let Whisper write it.
-        root: folder that audio paths start from. fill: see build_prompt. options: batch_size, progress of llama.generate.
+        root: folder that audio paths start from and must stay in; None: any path will do.
+        fill: see build_prompt. options: batch_size, progress of llama.generate.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         conversations = self._with_transcripts(conversations, root)
@@ -375,9 +381,8 @@ class DeSTA(torch.nn.Module):
         }
         state = {ADAPTER_PREFIX + name: tensor for name, tensor in self.qformer.official_state_dict().items()}
         state |= {name: p.detach() for name, p in self.trained().items() if name.startswith(LLM_PREFIX)}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        write_atomically(folder / "model.safetensors", lambda file: save_file(tensors, file))
-        write_text(folder / "config.json", json.dumps(config, indent=2))
+        save_tensors(folder / "model.safetensors", state)
+        write_record(folder / "config.json", config)
 
     def load_adapter(self, folder):
         """Load model.safetensors of an adapter folder, ours or the released one.
@@ -388,9 +393,9 @@ class DeSTA(torch.nn.Module):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: {NO_ADAPTER}")
         try:
-            loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in load_file(file).items()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): use an older checkpoint or train again") from None
+            loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in load_tensors(file).items()}
+        except ValueError as error:
+            raise ValueError(f"{error}: use an older one, OUT/checkpoints/*/adapter of train.py, or train again") from None
         wanted = {name: parameter.shape for name, parameter in self.trained().items()}
         wrong = [f"{n} {tuple(t.shape)}, expected {tuple(wanted[n])}" for n, t in loaded.items() if n in wanted and t.shape != wanted[n]]
         problems = {"missing": sorted(wanted.keys() - loaded), "unknown": sorted(loaded.keys() - wanted), "wrong shape": wrong}
@@ -418,16 +423,13 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     args = parser.parse_args()
-    try:
-        load_audio(audio_file(args.audio), max_seconds=1)  # a wrong path should not cost the loading of the weights
-        audio_dtype = torch.float32 if args.precision == "official" else None
-        model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype, long_audio=args.long_audio)
-        audio = {"audio": args.audio, "text": None}
-        question = {"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}
-        print(model.generate([*opening(args.system), question], args.max_new_tokens, args.temperature, args.top_p)[0])
-    except (FileNotFoundError, ValueError) as error:
-        fail(error)
+    load_audio(audio_file(args.audio), max_seconds=1)  # a wrong path should not cost the loading of the weights
+    audio_dtype = torch.float32 if args.precision == "official" else None
+    model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype, long_audio=args.long_audio)
+    audio = {"audio": args.audio, "text": None}
+    question = {"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}
+    print(model.generate([*opening(args.system), question], args.max_new_tokens, args.temperature, args.top_p)[0])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

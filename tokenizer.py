@@ -12,6 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import tiktoken
+from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # jinja2 comes with torch
 
@@ -38,6 +39,7 @@ SMOLLM_SPLIT = r"""\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=
 # A Unicode noncharacter, put inside "<|im_end|>" when a *user* writes it. The chat template then cannot turn the user's
 # text into a real end of turn, and encode() takes the mark out again.
 GUARD = "\ufdd0"
+NO_TOKEN = 2**30
 
 
 def _bytes_of_characters():
@@ -84,6 +86,9 @@ class Tokenizer:
         if any(a >= b for a, b in zip(merged_ids, merged_ids[1:])):
             raise ValueError(f"{file}: merges are not in the order of token ids, so tiktoken would split differently")
         pattern = _split_pattern(data["pre_tokenizer"], file)
+        # SmolLM2's vocabulary lacks a few bytes ("\x04", the first of U+40000), on which tiktoken would panic. They get ids that
+        # encode() drops, as Hugging Face's tokenizer drops them.
+        ranks |= {bytes([b]): NO_TOKEN + b for b in range(256) if bytes([b]) not in ranks}
         self.bpe = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
         self.special = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or "(?!)")
         self.normal_form = (data.get("normalizer") or {}).get("type")  # Qwen: "NFC"
@@ -110,7 +115,10 @@ class Tokenizer:
         # Llama's templates print a date. Today's would make a prompt, and so a training target, change overnight:
         # every day is the date that Llama-3.1's own template falls back to.
         jinja.globals["strftime_now"] = datetime.date(2024, 7, 26).strftime
-        self.template = jinja.from_string(template) if template else None
+        try:
+            self.template = jinja.from_string(template) if template else None
+        except TemplateError as error:
+            raise ValueError(f"{folder}: the chat template is broken ({error})") from None
         self.template_tokens = {
             key: (value if isinstance(value, str) else value["content"])
             for key, value in config.items()
@@ -126,14 +134,15 @@ class Tokenizer:
         """Text -> list of token ids, no BOS added. special=False reads "<|im_end|>" as the nine characters it is."""
         if self.normal_form:
             text = unicodedata.normalize(self.normal_form, text)
+        ordinary = lambda text: [i for i in self.bpe.encode_ordinary(text) if i < NO_TOKEN]
         if not special:
-            return self.bpe.encode_ordinary(text)
+            return ordinary(text)
         ids, start = [], 0
         for match in self.special.finditer(text):
-            ids += self.bpe.encode_ordinary(text[start : match.start()].replace(GUARD, ""))
+            ids += ordinary(text[start : match.start()].replace(GUARD, ""))
             ids.append(self.bpe._special_tokens[match.group()])
             start = match.end()
-        return ids + self.bpe.encode_ordinary(text[start:].replace(GUARD, ""))
+        return ids + ordinary(text[start:].replace(GUARD, ""))
 
     def decode(self, ids, skip_special_tokens=True):
         """Token ids -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -150,7 +159,12 @@ class Tokenizer:
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat_template (tokenizer_config.json or chat_template.jinja)")
         guard = lambda match: match.group()[0] + GUARD + match.group()[1:]
-        messages = [message | {"content": self.special.sub(guard, message["content"])} for message in messages]
-        return self.template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **self.template_tokens
-        )
+        # Normal form first: what becomes a special token by normalization is one, too.
+        normalize = lambda text: unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        messages = [message | {"content": self.special.sub(guard, normalize(message["content"]))} for message in messages]
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.template_tokens)
+        except ValueError:
+            raise
+        except Exception as error:  # somebody's program, stopped by the sandbox or by its own faults
+            raise ValueError(f"{self.folder}: the chat template fails ({error!r})") from None

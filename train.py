@@ -8,6 +8,7 @@ train.py: train the Q-Former, and nothing else, to make the frozen LLM answer fr
 The defaults are the demo's; the paper's values stand beside them. Run the same command again to continue a stopped run.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
@@ -39,41 +39,43 @@ class Settings:
     audio_root: str = setting("data/demo", "folder that audio paths start from")
     out: str = setting("out/demo", "adapter/, checkpoints/, log.jsonl, run.json")
     # the adapter
-    n_layers: int = setting(2, "layers of the Q-Former; paper: 6")
-    n_queries: int = setting(16, "audio vectors per clip; paper: 64")
-    audio_seconds: int = setting(6, "clips are padded or cut to this; paper: 30")
+    n_layers: int = setting(2, "layers of the Q-Former; paper: 6", low=1, high=100)
+    n_queries: int = setting(16, "audio vectors per clip; paper: 64", low=1, high=1500)
+    audio_seconds: int = setting(6, "clips are padded or cut to this; paper: 30", low=1, high=30)
     long_audio: str = setting("cut", "what becomes of longer clips: cut, as in the paper, or split into windows that are all heard")
-    dropout: float = setting(0.0, "in the Q-Former, and in LoRA; paper: 0.1")
-    lora_rank: int = setting(0, "train LoRA on the LLM's q, k, v too; 16 in the paper's comparison, 0 for the method itself")
+    dropout: float = setting(0.0, "in the Q-Former, and in LoRA; paper: 0.1", high=0.99)
+    lora_rank: int = setting(0, "train LoRA on the LLM's q, k, v too; 16 in the paper's comparison, 0 for the method itself", high=4096)
     standardize: int = setting(256, "clips to fit the initial weights to: taps to unit variance; output spread like the LLM's embeddings; paper: 0")
     # optimisation
     lr: float = setting(1e-3, "peak learning rate; paper: 1e-4")
     warmup: int = setting(20, "steps of linear warm-up; paper: 2000")
-    epochs: int = setting(2, "passes over the data; paper: 5")
-    max_steps: int = setting(-1, "stop here instead; the cosine ends here too; -1 means after the epochs")
-    global_batch: int = setting(8, "rows per step over all processes; paper: 96")
-    micro_batch: int = setting(4, "rows per forward pass of one process; paper: 12. Gradient accumulation follows from it")
-    length_pool: int = setting(1, "batches among which rows are sorted by length: 1 keeps every step a fair mix, more waste less padding")
+    epochs: int = setting(2, "passes over the data; paper: 5", low=1)
+    max_steps: int = setting(-1, "stop here instead; the cosine ends here too; -1 means after the epochs", low=1)
+    global_batch: int = setting(8, "rows per step over all processes; paper: 96", low=1)
+    micro_batch: int = setting(4, "rows per forward pass of one process; paper: 12. Gradient accumulation follows from it", low=1)
+    length_pool: int = setting(1, "batches among which rows are sorted by length: 1 keeps every step a fair mix, more waste less padding", low=1)
     weight_decay: float = setting(0.01, "AdamW; paper: 0.01")
-    beta2: float = setting(0.98, "AdamW; paper: 0.98")
-    clip: float = setting(1.0, "gradient norm; paper: 1.0")
-    max_tokens: int = setting(300, "longer answers are left out and counted (the official code cuts them)")
+    beta2: float = setting(0.98, "AdamW; paper: 0.98", high=0.9999)
+    clip: float = setting(1.0, "gradient norm; paper: 1.0", low=1e-9)
+    max_tokens: int = setting(300, "longer answers are left out and counted (the official code cuts them)", low=1)
+    max_prompt: int = setting(1000, "tokens, audio vectors included; longer prompts are left out and counted: one would take all memory", low=1)
     seed: int = setting(0, "of initialisation, order and dropout")
     # the run
-    eval_every: int = setting(60, "steps between evaluations")
-    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all")
-    save_every: int = setting(60, "steps between checkpoints")
-    keep: int = setting(2, "checkpoints kept")
-    shard_llm: int = setting(0, "1: each process keeps its part of the frozen LLM (FSDP2), for GPUs that cannot hold it")
-    checkpoint_activations: int = setting(0, "1: compute the LLM's blocks twice instead of keeping what is in them")
-    workers: int = setting(-1, "data-loading processes; -1 means 0 on CPU, 4 per GPU")
+    max_skipped: int = setting(10, "steps in a row without a finite loss and gradient before training gives up", low=1)
+    eval_every: int = setting(60, "steps between evaluations", low=1)
+    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all", low=-1)
+    save_every: int = setting(60, "steps between checkpoints", low=1)
+    keep: int = setting(2, "checkpoints kept", low=1)
+    shard_llm: int = setting(0, "1: each process keeps its part of the frozen LLM (FSDP2), for GPUs that cannot hold it", high=1)
+    checkpoint_activations: int = setting(0, "1: compute the LLM's blocks twice instead of keeping what is in them", high=1)
+    workers: int = setting(-1, "data-loading processes; -1 means 0 on CPU, 4 per GPU", high=100)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
 
 
 class Rows(torch.utils.data.Dataset):
-    """Prepared training rows: see DeSTA.prepare. A row that cannot be used becomes None, with a warning."""
+    """Prepared training rows: see DeSTA.prepare. A row that cannot be used becomes {"left_out": reason}, with a warning."""
 
     def __init__(self, path, model, settings):
         self.rows, self.model, self.settings = common.JsonLines(path), model, settings
@@ -83,16 +85,20 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:  # one bad row among millions must not stop a run of days
-            prepared = self.model.prepare(self.rows[i], self.settings.audio_root)
-            if len(prepared["target"]) <= self.settings.max_tokens:
-                return prepared
-            reason = f"answer longer than {self.settings.max_tokens} tokens"
+            row = self.rows[i]
+            prepared = self.model.prepare(row, self.settings.audio_root)
+            if len(prepared["target"]) > self.settings.max_tokens:
+                reason = f"answer longer than {self.settings.max_tokens} tokens"
+            elif len(prepared["ids"]) > self.settings.max_prompt:
+                reason = f"prompt longer than {self.settings.max_prompt} tokens"
+            else:
+                return prepared | {"name": f"{self.rows.name(i)} ({row.get('id')})"}
         except (ValueError, OSError) as error:
-            reason = error
-        except (KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())  # a file's name can hold a line break
+        except Exception as error:  # a row can be wrong in more ways than can be listed
             reason = f"not in the form of a training row, see generate_data.py ({error!r})"
         print(f"row left out: {self.rows.name(i)}: {reason}", file=sys.stderr)
-        return None
+        return {"left_out": f"{self.rows.name(i)}: {reason}"}
 
 
 def shuffled(places, n, seed):
@@ -149,7 +155,7 @@ def measure_taps(model, dataset, n_clips):
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(dataset), max(1, len(dataset) // n_clips)):
         row = dataset[i]
-        if row and row["mels"]:
+        if row.get("mels"):
             taps = model.whisper.encode(torch.stack(row["mels"]), model.taps).double().flatten(0, 2)  # (clips * taps * frames, d_model)
             count, total, squares = count + len(taps), total + taps.sum(0), squares + taps.square().sum(0)
     if count == 0:
@@ -229,8 +235,11 @@ def evaluate(model, rows, batch_size):
 # -- checkpoints -----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(model, optimizer, step, settings):
-    """OUT/checkpoints/step_N/ with the adapter and all that resuming needs; OUT/adapter is the newest adapter."""
+def save_checkpoint(model, optimizer, step, settings, made_from=None):
+    """OUT/checkpoints/step_N/ with the adapter and all that resuming needs; OUT/adapter is the newest adapter.
+
+    made_from: hashes and sizes of what resuming must find unchanged (see main).
+    """
     out = Path(settings.out)
     folder = out / "checkpoints" / f"step_{step:08d}"
     temporary = folder.with_name("writing.tmp")
@@ -240,8 +249,9 @@ def save_checkpoint(model, optimizer, step, settings):
     for name, parameter in model.trained().items():
         state[f"weight.{name}"] = parameter.detach()
         state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    common.write_atomically(temporary / "trainer.safetensors", lambda file: save_file({k: t.contiguous().cpu() for k, t in state.items()}, file))
-    common.write_text(temporary / "trainer.json", json.dumps({"step": step, "settings": dataclasses.asdict(settings)}, indent=2))
+    common.save_tensors(temporary / "trainer.safetensors", state)
+    description = {"step": step, "settings": dataclasses.asdict(settings), "made_from": made_from}
+    common.write_record(temporary / "trainer.json", description)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     model.save_adapter(out / "adapter")
@@ -249,24 +259,37 @@ def save_checkpoint(model, optimizer, step, settings):
         shutil.rmtree(old)
 
 
-def load_checkpoint(model, optimizer, settings):
-    """Continue from the newest checkpoint under OUT, if there is one. -> the step to go on with"""
+def load_checkpoint(model, optimizer, settings, made_from=None):
+    """Continue from the newest checkpoint under OUT that is whole, if there is one. -> the step to go on with"""
     folders = sorted((Path(settings.out) / "checkpoints").glob("step_*"))
     if not folders:
         return 0
-    saved = json.loads((folders[-1] / "trainer.json").read_text())
-    free = {"max_steps", "epochs", "eval_every", "eval_rows", "save_every", "keep", "workers", "micro_batch", "out"}
+    while folders:
+        try:
+            state = common.load_tensors(folders[-1] / "trainer.safetensors")
+            saved = common.read_record(folders[-1] / "trainer.json")
+            break
+        except (OSError, ValueError) as error:
+            damaged = folders.pop()
+            print(f"{damaged} is damaged and set aside ({error})", file=sys.stderr)
+            with contextlib.suppress(OSError):  # another rank was first
+                damaged.rename(damaged.with_name(f"damaged_{damaged.name}"))
+    else:
+        raise ValueError(f"no checkpoint in {damaged.parent} is whole: delete {settings.out} to begin anew")
+    if made_from and saved.get("made_from") and (other := [k for k, v in saved["made_from"].items() if made_from.get(k) != v]):
+        raise ValueError(f"{folders[-1]} was made with another {', '.join(other)}: put back what was there, or give another --out")
+    free = {"max_steps", "epochs", "eval_every", "eval_rows", "save_every", "keep", "workers", "micro_batch", "out", "max_skipped"}
     free |= {"shard_llm", "checkpoint_activations"}
     before = dataclasses.asdict(Settings()) | saved["settings"]  # a setting that is newer than the checkpoint had its default
     changed = [k for k, v in dataclasses.asdict(settings).items() if k not in free and before[k] != v]
     if changed:
         raise ValueError(f"{folders[-1]} was made with another {', '.join(changed)}: give the same settings, or another --out")
-    state = load_file(folders[-1] / "trainer.safetensors", device=str(model.device))
     model.qformer.standardize(state["tap_mean"], state["tap_std"])
     for name, parameter in model.trained().items():
         parameter.data.copy_(state[f"weight.{name}"])
-        optimizer.state[parameter] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
+        if f"step.{name}" in state:  # not so before the first step that was not skipped
+            moments = {key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": state[f"step.{name}"]} | moments
     return saved["step"]
 
 
@@ -293,6 +316,8 @@ def main():
         n_layers=s.n_layers, n_queries=s.n_queries, dropout=s.dropout,
     )  # fmt: skip
     model.llm.checkpoint_activations = bool(s.checkpoint_activations)
+    if s.audio_seconds * 50 > (positions := model.whisper.config.max_source_positions):
+        raise ValueError(f"--audio_seconds {s.audio_seconds}: {s.whisper} hears {positions // 50} s at most")
     data = Rows(s.data, model, s)
     steps_per_epoch = len(data) // s.global_batch
     if steps_per_epoch == 0:
@@ -302,8 +327,8 @@ def main():
     if s.eval_data:
         rows = Rows(s.eval_data, model, s)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out = [row for row in map(rows.__getitem__, order[: s.eval_rows if s.eval_rows >= 0 else None][rank::world]) if row]
-        held_out = [row for row in held_out if len(row["mels"]) == 1]  # one clip of one window: can be exchanged
+        held_out = list(map(rows.__getitem__, order[: s.eval_rows if s.eval_rows >= 0 else None][rank::world]))
+        held_out = [row for row in held_out if len(row.get("mels", ())) == 1]  # one clip of one window: can be exchanged
         if not common.sum_over_ranks(torch.tensor(len(held_out), device=device)):
             raise ValueError(f"{s.eval_data} has no usable row with one clip: is --audio_root right?")
     weights = list(model.trained().values())
@@ -313,8 +338,11 @@ def main():
     # optimizer, resume
     model.train()
     optimizer = torch.optim.AdamW(weights, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
-    first_step = load_checkpoint(model, optimizer, s)
-    if common.sum_over_ranks(torch.tensor(first_step, device=device)) != first_step * world:
+    made_from = None  # what a resumed run must find unchanged, besides its settings
+    if rank == 0:
+        made_from = {"llm_sha256": common.file_hash(s.llm), "whisper_sha256": common.file_hash(s.whisper), "data_bytes": data.rows.bytes}
+    first_step = load_checkpoint(model, optimizer, s, made_from)
+    if common.sum_over_ranks(torch.tensor(first_step, device=device)).item() != first_step * world:
         raise ValueError(f"the ranks do not find the same checkpoints in {s.out}: it has to be on a disk that all nodes see")
     if first_step:
         talk(f"continuing {s.out} at step {first_step}")
@@ -327,13 +355,16 @@ def main():
     log_file = out / "log.jsonl"
     if rank == 0:
         common.write_text(out / "run.json", json.dumps(common.run_description(s), indent=2))
-        lines = log_file.read_text().splitlines() if first_step else []  # what a killed run logged after its last checkpoint goes
-        common.write_text(log_file, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= first_step))
+        lines = log_file.read_text().splitlines() if first_step and log_file.exists() else []
+        whole = [line for line in lines if line.endswith("}")]  # a full disk may have torn a line
+        # what a killed run logged after its last checkpoint goes
+        common.write_text(log_file, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= first_step))
     peak = peak_flops(device, model.llm.model.embed_tokens.weight.dtype) * world
 
     def log(record):
         if rank == 0:
-            with open(log_file, "a") as file:
+            record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}  # JSON has no NaN
+            with common.writing(log_file), open(log_file, "a") as file:
                 file.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
@@ -347,21 +378,22 @@ def main():
     loader = iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=list))
 
     bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", disable=rank > 0, mininterval=5)
-    left_out, step = 0, first_step
+    step, n_left_out, left_out, n_skipped, skipped_in_a_row = first_step, 0, set(), 0, 0
     while True:
         # evaluate and save
         ending = step >= last_step or bool(common.sum_over_ranks(torch.tensor(len(stop), device=device)))
         if s.eval_data and (step % s.eval_every == 0 or ending) and (step > first_step or step == 0):
             log({"step": step} | evaluate(model, held_out, s.micro_batch))
-        if rank == 0 and step > first_step and (step % s.save_every == 0 or ending):
-            save_checkpoint(model, optimizer, step, s)
+        if rank == 0 and step > first_step and (step % s.save_every == 0 and not skipped_in_a_row or ending):
+            save_checkpoint(model, optimizer, step, s, made_from)
         if ending:
             break
 
         # one step: the rows of this rank, in n_micro batches
         start = time.perf_counter()
         micro_batches = [next(loader) for _ in range(n_micro)]
-        micro_batches = [[row for row in batch if row] for batch in micro_batches]
+        left_out |= {row["left_out"] for batch in micro_batches for row in batch if "left_out" in row and len(left_out) < 5}
+        micro_batches = [[row for row in batch if "ids" in row] for batch in micro_batches]
         rows = [row for batch in micro_batches for row in batch]
         # What stands before the audio is the same frozen text in every row: not counted as work, see DeSTA.frozen_prefix.
         tokens = lambda row: len(row["ids"]) + len(row["target"]) - (row["ids"].index(AUDIO_ID) if row["mels"] else 0)
@@ -369,7 +401,7 @@ def main():
             len(rows), sum(len(r["mels"]) for r in rows), sum(map(tokens, rows)), sum(len(r["target"]) for r in rows)
         ], dtype=torch.float64, device=device)  # fmt: skip
         n_rows, n_clips, n_tokens, n_targets = common.sum_over_ranks(totals).tolist()
-        left_out += s.global_batch - int(n_rows)
+        n_left_out += s.global_batch - int(n_rows)
         lr = learning_rate(step, s.lr, s.warmup, last_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -392,8 +424,20 @@ def main():
             common.sum_over_ranks(weight.grad)
         common.sum_over_ranks(loss)
         norm = torch.nn.utils.clip_grad_norm_(weights, s.clip)
-        optimizer.step()
         step += 1
+        bar.update()
+
+        # Loss and gradient are sums over the ranks, so all ranks decide alike. AdamW would carry one NaN into every later step.
+        if not n_rows or not (loss + norm).isfinite():
+            reason = f"loss {loss.item()}, gradient norm {norm.item()}" if n_rows else "no row of the batch can be used"
+            log({"step": step, "skipped": reason, "rows": common.gather([row["name"] for row in rows])})
+            n_skipped, skipped_in_a_row = n_skipped + 1, skipped_in_a_row + 1
+            if skipped_in_a_row == s.max_skipped:
+                reason = f"{s.max_skipped} steps in a row were skipped, at last step {step} ({reason})"
+                raise ValueError(f"{reason}. The checkpoints in {out} are from before; {log_file} names the rows. Is --lr too high?")
+            continue
+        optimizer.step()
+        skipped_in_a_row = 0
 
         # log
         seconds = time.perf_counter() - start
@@ -402,20 +446,18 @@ def main():
             "step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "seconds": seconds, "rows_per_second": n_rows / seconds,
             "mfu": flops(model, n_clips, n_tokens, n_targets) / seconds / peak, "memory_gb": memory / 2**30,
         })  # fmt: skip
-        bar.update()
 
     # close
     bar.close()
+    if first := common.gather(sorted(left_out))[:5]:
+        talk(f"{n_left_out} rows left out, among them: " + "; ".join(first))
     if stop:
         talk(f"stopped by {stop[0]} at step {step}, saved; the same command continues")
     else:
-        talk(f"done: {out / 'adapter'}" + (f", {left_out} rows left out" if left_out else ""))
+        talk(f"done: {out / 'adapter'}" + (f", {n_skipped} steps skipped" if n_skipped else ""))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        common.fail(error)
+    common.run(main)

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn as nn
@@ -47,16 +48,23 @@ def load_audio(path, max_seconds=None):
     remedy = f"fetch it again, or rewrite it with `ffmpeg -i {path} new.wav`"
     try:
         with soundfile.SoundFile(path) as file:
-            rate, expected = file.samplerate, file.frames
+            rate, expected, pieces = file.samplerate, file.frames, []
+            if file.format == "RAW":  # libsndfile takes whatever is called .au, .vox or .gsm for headerless samples
+                raise ValueError(f"{path} cannot be decoded (no known header): {remedy}")
+            if not 1000 <= rate <= 1_000_000:
+                raise ValueError(f"{path} claims {rate} samples a second: {remedy}")
             if expected > 2 ** 60:
                 raise ValueError(f"{path} does not say how long it is (a streamed flac?): {remedy}")
             if max_seconds is not None:  # one second more, so that the resampling filter does not see the cut
                 expected = min(expected, math.ceil((max_seconds + 1) * rate))
-            samples = file.read(expected, dtype="float32", always_2d=True)  # [n, channels]
+            # Piece by piece: a broken header can claim terabytes.
+            while (left := expected - sum(map(len, pieces))) and len(piece := file.read(min(left, 1 << 20), dtype="float32", always_2d=True)):
+                pieces.append(piece)
+            samples = np.concatenate(pieces or [np.zeros((0, 1), np.float32)])          # [n, channels]
             # libsndfile shortens a truncated wav or aiff silently; only its log tells. (Streamed wavs claim 2³¹ or 2³² bytes: no error.)
-            claimed = re.search(r"^(?:data|SSND) *: *(\d+) \(should be", file.extra_info, re.MULTILINE)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} cannot be decoded ({error.error_string.strip(' .')}): {remedy}") from None
+            claimed = re.search(r"^ *(?:data|SSND) *: *(\d+) \(should be", file.extra_info, re.MULTILINE)
+    except (soundfile.LibsndfileError, TypeError, OSError) as error:  # TypeError: the name ends in .raw, which says nothing of what is inside
+        raise ValueError(f"{path} cannot be decoded ({str(getattr(error, 'error_string', error)).strip(' .')}): {remedy}") from None
     if len(samples) < expected or (claimed and int(claimed[1]) < 0x7FFF0000):
         raise ValueError(f"{path} is truncated: {remedy}")
     if len(samples) == 0:
@@ -432,7 +440,10 @@ BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(2
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): download it again") from None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import common
+
 MAX_NEW_TOKENS = 36  # as long as a target can be
 SLOTS = ("description", "right", "wrong", "none")
 ANSWERS = ("text", "right", "wrong", "same_domain")
@@ -29,9 +31,11 @@ def load(path, audio_root, metadata=""):
     for file in (path, metadata):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} is missing: `python demo/prepare.py` and `python generate_data.py` make the demo's")
-    read = lambda file: [json.loads(line) for line in open(file, encoding="utf-8")]
-    labels = {clip["id"]: clip for clip in read(metadata)}
-    rows = read(path)
+    labels, rows = {clip.get("id"): clip for clip in common.read_rows(metadata)}, common.read_rows(path)
+    for number, row in enumerate(rows, 1):
+        common.require(row, ("id", "messages", "prompt", "response", "seed_description"), f"{path}, row {number}")
+        if "segments" not in labels.get(row["id"], {}) or not row["messages"][-1].get("audios"):
+            raise ValueError(f"{path}, row {number}: {row['id']} has no label in {metadata}, or no audio")
     # A random cyclic order: everybody's wrong clip is the next one's, and nobody is their own neighbour.
     order = random.Random(0).sample(range(len(rows)), len(rows))
     for here, there in zip(order, order[1:] + order[:1]):

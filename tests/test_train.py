@@ -243,7 +243,7 @@ def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, mon
             return call
 
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (train, "save_file")):
+            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (Path, "write_bytes"), (Path, "write_text")):
                 patch.setattr(owner, name, mortal(getattr(owner, name)))
             try:
                 save(2)
@@ -273,7 +273,7 @@ def test_frozen_parts_stay_as_they_are(tiny_world, tmp_path, monkeypatch, float3
 
 def test_initial_statistics(model, tiny_world):
     """standardize: the taps of the clips get mean 0 and deviation 1; and the fresh adapter's vectors are spread like the embeddings."""
-    rows = train.Rows(tiny_world.data / "train.jsonl", model, types.SimpleNamespace(audio_root=tiny_world.data, max_tokens=300))
+    rows = train.Rows(tiny_world.data / "train.jsonl", model, types.SimpleNamespace(audio_root=tiny_world.data, max_tokens=300, max_prompt=1000))
     mean, std = train.measure_taps(model, rows, 6)  # every fourth of 24 rows
     taps = torch.cat([model.whisper.encode(torch.stack(rows[i]["mels"]), [0, 1, 2, 3]).flatten(0, 2) for i in range(0, 24, 4)])
     torch.testing.assert_close(mean, taps.mean(0), atol=1e-4, rtol=1e-4)
@@ -289,9 +289,9 @@ def test_initial_statistics(model, tiny_world):
 
 
 @pytest.fixture(scope="module")
-def bad_rows(tiny_world, tmp_path_factory):
+def bad_rows(tiny_world):
     """Lines that must not stop a run: (line, what is said about it)."""
-    folder = tmp_path_factory.mktemp("bad")
+    folder = tiny_world.data
     soundfile.write(folder / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     (folder / "empty.wav").touch()
     good = tiny_world.rows[0]
