@@ -171,6 +171,7 @@ def test_two_hundred_bad_audio_files(audio, world):
     print(f"\n{len(audio)} files: {results[LOADS]} loaded, {results[REFUSED]} refused")
 
 
+@pytest.mark.slow
 def test_a_training_row_of_every_bad_file(audio, world, model):
     """Never an exception; what is left out says why, in one line."""
     rows = [json.loads(json.dumps(world.rows[0])) for _ in audio]

@@ -304,6 +304,7 @@ def test_killed_at_twenty_random_moments(world, tmp_path_factory, name):
     print(kill_again_and_again(world, name, tmp_path_factory, 20))
 
 
+@pytest.mark.slow
 def test_killed_once_between_two_file_operations(world, tmp_path_factory):
     """The reduced form; test_train, test_generate_data and test_eval have one by time each."""
     name = "demo/prepare.py"
@@ -465,7 +466,8 @@ def test_signal_while_starting(world, tmp_path, number, seconds):
         assert "Traceback" not in said or "import" in said, said
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train.py", "generate_data.py", "eval.py"])
 def test_one_of_two_ranks_killed(world, tmp_path, name):
     """The job ends within a minute, says which rank, and leaves nobody behind."""
     process, pids = begin(name, world, tmp_path, 2, **LONGER[name])
