@@ -70,8 +70,8 @@ def load_audio(path, max_seconds=None):
     if len(samples) == 0:
         raise ValueError(f"{path} holds 0 samples: {remedy}")
     waveform = resample(torch.from_numpy(samples).mean(1), rate, SAMPLE_RATE)
-    if not waveform.isfinite().all():
-        raise ValueError(f"{path} holds NaN or infinite samples: make it anew from its source")
+    if not (waveform.abs() < 1e12).all():  # not so for NaN; beyond, the spectrum's squares overflow
+        raise ValueError(f"{path} holds NaN, infinite or absurdly large samples: make it anew from its source")
     return waveform if max_seconds is None else waveform[:round(max_seconds * SAMPLE_RATE)]
 
 

@@ -100,10 +100,10 @@ def bad_audio(folder):
     # odd samples
     for name, samples in dict(
         one_sample=np.full(1, 0.1), two_samples=np.full(2, 0.1), silence=np.zeros(8000), constant=np.full(8000, 0.5), clipped=np.sign(noise.standard_normal(8000)),
-        denormal=np.full(8000, 1e-42), loud=np.full(8000, 1e30),
+        denormal=np.full(8000, 1e-42), loud=np.full(8000, 1e9),
     ).items():  # fmt: skip
         add(f"{name}.wav", LOADS, samples=samples, subtype="FLOAT")
-    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus_inf", -np.inf)):
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus_inf", -np.inf), ("1e30", 1e30)):
         samples = np.zeros(8000)
         samples[4000] = value
         add(f"{name}.wav", REFUSED, samples=samples, subtype="FLOAT")

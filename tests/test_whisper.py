@@ -376,7 +376,7 @@ def test_unreadable_files_say_which_and_why(tmp_path):
         (tmp_path / "page.mp3", ValueError, "cannot be decoded"),
         (write_wav(tmp_path / "none.wav", samples=0), ValueError, "holds 0 samples"),
         (write_wav(tmp_path / "nan.wav", subtype="FLOAT", value=np.nan), ValueError, "NaN"),
-        (write_wav(tmp_path / "inf.wav", subtype="DOUBLE", value=np.inf), ValueError, "NaN or infinite"),
+        (write_wav(tmp_path / "inf.wav", subtype="DOUBLE", value=np.inf), ValueError, "NaN, infinite"),
         (cut(write_wav(tmp_path / "cut.wav"), 0.6), ValueError, "is truncated"),
         (cut(tmp_path / "cut.mp3", 0.6), ValueError, "is truncated"),
         (cut(tmp_path / "cut.flac", 0.6), ValueError, "cannot be decoded"),
