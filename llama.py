@@ -133,7 +133,7 @@ def attend(q, k, v, bias=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(B, H, T, head_dim)
     # On CPUs plain products are faster at the lengths of a prompt: the backward pass of the fused bf16 kernel takes 5 times as long.
     if bias is None:
-        bias = causal_bias(torch.arange(T)[None], S, q.dtype)
+        bias = causal_bias(torch.arange(T, device=q.device)[None], S, q.dtype)
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2)  # (B, G, H/G * T, S)
     weights = (scores.view(B, G, H // G, T, S) + bias[:, :, None]).softmax(-1)
     return (weights.view(B, G, -1, S) @ v).view(B, H, T, head_dim)
