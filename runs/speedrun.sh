@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on a laptop: two CPU cores, about 20 minutes after the downloads, no model hub, no GPU.
+# The whole method on a laptop: two CPU cores, a quarter of an hour after the downloads, no model hub, no GPU.
 #
 #   bash runs/speedrun.sh                 from a fresh clone; a second run skips what is done, Ctrl-C loses nothing finished
 #   CLIPS=48 TEST_CLIPS=24 STEPS=3 bash runs/speedrun.sh      a few dozen rows, to see that everything works (CI runs this)
@@ -7,7 +7,7 @@
 # Leaves weights/, data/demo/, out/demo/ (adapter, log, predictions, report.html).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CLIPS=${CLIPS:-1500} TEST_CLIPS=${TEST_CLIPS:-150} TARGETS=${TARGETS:-1100} EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-400} DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
+CLIPS=${CLIPS:-1500} TEST_CLIPS=${TEST_CLIPS:-150} TARGETS=${TARGETS:-1100} EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-280} DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
 
 step() { # step "name" command...: say what runs, run it, say how long it took
     local start=$SECONDS
