@@ -32,7 +32,8 @@ from model import AUDIO, AUDIO_ID, DeSTA, audio_file, audio_slot, audio_windows,
 from tokenizer import GUARD, Tokenizer
 from whisper import SAMPLE_RATE, Whisper, load_audio
 
-quick = lambda n: settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# The same examples in every run: CI must not fail one time in fifty for a rare draw. Raise n to look for more.
+quick = lambda n: settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_broken_training_rows(world, model):
     dataset = train.Rows(world.data / "train.jsonl", model, train.Settings(audio_root=str(world.data)))
     seen = {"ids": 0, "left_out": 0}
 
-    @quick(200)
+    @quick(300)
     @given(broken(world.rows[1]))
     def check(row):
         dataset.rows = OneRow(row)
@@ -319,7 +320,7 @@ def test_broken_metadata(world, tmp_path):
     """Broken rows go through generate_data.py together, and the job ends with a row or a reason for each."""
     chance, rows = random.Random(0), []
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @quick(60)
     @given(broken(world.clips[0]))
     def collect(row):
         rows.append(row)
