@@ -139,6 +139,31 @@ def attend(q, k, v, bias=None):
     return (weights.view(B, G, -1, S) @ v).view(B, H, T, head_dim)
 
 
+class Prefix(list):
+    """Keys and values, layer by layer, of the tokens that all rows of a batch start with: one pass with it as its cache fills it."""
+
+    def attend(self, layer, q, k, v):
+        self.append((k, v))  # (1, n_kv_heads, P, head_dim)
+        return attend(q, k, v)
+
+
+class Packed:
+    """Rows of these lengths laid end to end, (1, sum of lengths, …), each continuing the prefix: no padding is computed anywhere."""
+
+    def __init__(self, lengths, prefix, dtype, device):
+        P = prefix[0][0].shape[2] if prefix else 0
+        self.lengths, self.prefix = lengths, prefix
+        self.biases = [causal_bias(P + torch.arange(n, device=device)[None], P + n, dtype) if P else None for n in lengths]
+
+    def attend(self, layer, q, k, v):
+        outs = []
+        for q, k, v, bias in zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases):  # row by row
+            if self.prefix:
+                k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.prefix[layer], (k, v)))
+            outs.append(attend(q, k, v, bias))
+        return torch.cat(outs, dim=2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: n_heads query heads share n_kv_heads key/value heads."""
 
@@ -157,10 +182,9 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q, k, bias = rotate(q, cos, sin), rotate(k, cos, sin), None
-        if cache is not None:
-            k, v, bias = cache.update(layer, k, v)
-        return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, k, v) if cache is None else cache.attend(layer, q, k, v)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -323,22 +347,6 @@ def load_weights(module, folder, dtype, device):
 # are prefilled into them together. What all prompts begin with (the system prompt) is prefilled once and copied.
 
 
-class Prefix:
-    """Keys and values of the tokens that all rows of a batch start with: one pass with it fills it, later passes continue from it."""
-
-    def __init__(self):
-        self.layers = []
-
-    def update(self, layer, k, v):
-        if layer == len(self.layers):
-            self.layers.append((k, v))  # (1, n_kv_heads, P, head_dim)
-            return k, v, None
-        B, _, T, _ = k.shape
-        k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2) for old, new in zip(self.layers[layer], (k, v)))
-        S = k.shape[2]
-        return k, v, causal_bias(torch.arange(S - T, S, device=k.device)[None], S, k.dtype)
-
-
 class KVCache:
     """Keys and values of n_slots rows. A token's place in its slot is its position."""
 
@@ -362,13 +370,13 @@ class KVCache:
         self.fresh = T == n_keys  # nothing cached is looked at: plain causal attention
         self.bias = causal_bias(positions, n_keys, self.k.dtype)
 
-    def update(self, layer, k, v):
-        """Store this pass's k, v (B, n_kv_heads, T, head_dim); return what its queries attend to, and the bias."""
+    def attend(self, layer, q, k, v):
+        """Store this pass's k, v (B, n_kv_heads, T, head_dim), and let its queries attend to all that their slots hold."""
         at = (self.slots[:, None], slice(None), self.positions)
         self.k[layer][at], self.v[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
         if self.fresh:
-            return k, v, None
-        return self.k[layer, self.rows, :, : self.n_keys], self.v[layer, self.rows, :, : self.n_keys], self.bias
+            return attend(q, k, v)
+        return attend(q, self.k[layer, self.rows, :, : self.n_keys], self.v[layer, self.rows, :, : self.n_keys], self.bias)
 
     def move(self, source, target):
         self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]

@@ -12,6 +12,7 @@ training targets. Filled with the audio vectors and the transcript, the same LLM
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import load_tensors, read_record, run, save_tensors, write_record
-from llama import Llama, Prefix, add_lora, generate
+from llama import Llama, Packed, Prefix, add_lora, generate
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
 from whisper import SAMPLE_RATE, Whisper, load_audio, log_mel, tap_layers
@@ -284,22 +285,23 @@ class DeSTA(torch.nn.Module):
         while may_share and len({row["ids"][P] for row in rows}) == 1 and rows[0]["ids"][P] != AUDIO_ID and P < shortest - 1:
             P += 1
         prefix = self.frozen_prefix(rows[0]["ids"][:P])
-        # Row b goes on with prompt + target without its last token, padded on the right: padding comes after everything,
-        # so under a causal mask it is never seen.
+        # Rows go on with prompt + target without its last token, one after the other.
         sequences = [torch.tensor(row["ids"][P:] + row["target"][:-1]) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self.device)  # (B, T)
-        positions = P + torch.arange(ids.shape[1], device=self.device)[None]
+        lengths = [len(sequence) for sequence in sequences]
+        ids = torch.cat(sequences)[None].to(self.device)  # (1, T), T the sum of lengths
+        positions = torch.cat([P + torch.arange(n) for n in lengths])[None].to(self.device)
         mels = [mel for row in rows for mel in row["mels"]]
         x = self.embed(ids, torch.stack(mels) if mels else mels)
         if self.llm.sharded and torch.is_grad_enabled():
             x.requires_grad_()  # rows without audio too: the backward pass is one of those that every rank must make
-        hidden = self.llm.hidden_states(x, prefix, positions)  # (B, T, d_llm)
+        hidden = self.llm.hidden_states(x, Packed(lengths, prefix, x.dtype, x.device), positions)[0]  # (T, d_llm)
         # Position len(prompt) - 1 + j predicts target token j. Pick these *before* the output head: its
         # vocabulary-sized product is the largest in the model, and most positions are prompt.
-        row_index = torch.cat([torch.full((len(row["target"]),), b) for b, row in enumerate(rows)]).to(self.device)
-        position = torch.cat([len(row["ids"]) - P - 1 + torch.arange(len(row["target"])) for row in rows]).to(self.device)
+        n_targets = [len(row["target"]) for row in rows]
+        position = torch.cat([end - n + torch.arange(n) for end, n in zip(itertools.accumulate(lengths), n_targets)]).to(self.device)
+        row_index = torch.arange(len(rows)).repeat_interleave(torch.tensor(n_targets)).to(self.device)
         targets = torch.cat([torch.tensor(row["target"]) for row in rows]).to(self.device)
-        logits = self.llm.lm_head(hidden[row_index, position]).float()  # (target tokens of the batch, vocab_size)
+        logits = self.llm.lm_head(hidden[position]).float()  # (target tokens of the batch, vocab_size)
         losses = F.cross_entropy(logits, targets, reduction="none")
         counts = torch.bincount(row_index, minlength=len(rows))
         return torch.zeros(len(rows), device=self.device).index_add(0, row_index, losses), counts

@@ -255,7 +255,12 @@ def save_checkpoint(model, optimizer, step, settings, made_from=None):
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     model.save_adapter(out / "adapter")
-    for old in sorted((out / "checkpoints").glob("step_*"))[: -settings.keep]:
+    drop_old_checkpoints(settings)
+
+
+def drop_old_checkpoints(settings):
+    """All but the newest ones; when a run goes on, also what a kill left half deleted."""
+    for old in sorted((Path(settings.out) / "checkpoints").glob("step_*"))[: -settings.keep]:
         shutil.rmtree(old)
 
 
@@ -344,6 +349,8 @@ def main():
     first_step = load_checkpoint(model, optimizer, s, made_from)
     if common.sum_over_ranks(torch.tensor(first_step, device=device)).item() != first_step * world:
         raise ValueError(f"the ranks do not find the same checkpoints in {s.out}: it has to be on a disk that all nodes see")
+    if rank == 0:
+        drop_old_checkpoints(s)
     if first_step:
         talk(f"continuing {s.out} at step {first_step}")
     elif s.standardize:
