@@ -9,6 +9,8 @@ bench.py: ours against the peer a user would take instead, side by side in one p
     python bench.py growth        # cost over batch, prompt length and rows;  python bench.py plot   draws it
     python bench.py cost          # GPU-hours at the paper's sizes, computed from FLOPs and bytes, not measured
 
+    torchrun --nproc_per_node=2 bench.py generate|train                 # as the other scripts run: ours shared out over the processes,
+                                                                        # the peer in one process with all cores
     python bench.py generate --llm random:8b                            # random weights at the shapes of Llama-3.1-8B, for GPUs
     python bench.py train --llm random:8b --whisper random:large-v3
 
@@ -39,7 +41,7 @@ import train
 import whisper as audio
 from common import setting
 from llama import Llama, LlamaConfig, common_prefix, generate
-from model import AUDIO_ID, DeSTA, compute_dtype, default_device
+from model import AUDIO_ID, DeSTA, compute_dtype
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
 
@@ -143,17 +145,32 @@ def peer_qformer(q):
     return peer.to(q.layer_weights.device)
 
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 # -- measuring -----------------------------------------------------------------------------------------------------------------
 
 
 def timed(work, device):
-    """-> (seconds by the clock, CPU seconds of this process, what work returned)"""
+    """-> (seconds by rank 0's clock until all ranks are done, CPU seconds of all processes, what work returned)"""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    sync()
+    sync(), common.barrier()
     clock, cpu = time.perf_counter(), time.process_time()
     result = work()
-    sync()
-    return time.perf_counter() - clock, time.process_time() - cpu, result
+    sync(), common.barrier()
+    seconds = torch.tensor([(time.perf_counter() - clock) * (RANK == 0), time.process_time() - cpu], dtype=torch.float64)
+    return *common.sum_over_ranks(seconds.to(device)).tolist(), result
+
+
+def on_all_cores(work):
+    """The peer: rank 0 alone, with the threads of all processes; the others wait."""
+    if RANK:
+        return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * WORLD)
+    result = work()
+    torch.set_num_threads(threads)
+    return result
 
 
 def in_turns(ours, peer, repeats, device):
@@ -173,7 +190,11 @@ def in_turns(ours, peer, repeats, device):
 
 
 def peak_memory(work, device):
-    """Bytes that `work` holds at its peak beyond what was held before."""
+    """Bytes that `work` holds at its peak beyond what was held before, in all processes."""
+    return common.sum_over_ranks(torch.tensor(own_peak_memory(work, device), device=device)).item()
+
+
+def own_peak_memory(work, device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -241,13 +262,14 @@ def bench_generate(s, device, dtype):
     llm, c = build(s.llm, dtype, device)
     peer = peer_llm(llm, c)
     prompts, stop_ids = ragged_prompts(s, llm, s.rows)
-    ours = lambda batch: generate(llm, prompts, s.max_new_tokens, stop_ids=stop_ids, batch_size=batch)
-    theirs = lambda batch: peer_generate(peer, prompts, s.max_new_tokens, stop_ids, batch)
+    ours = lambda batch: generate(llm, prompts[RANK::WORLD], s.max_new_tokens, stop_ids=stop_ids, batch_size=batch)
+    theirs = lambda batch: on_all_cores(lambda: peer_generate(peer, prompts, s.max_new_tokens, stop_ids, batch))
     best = []
     for run, text in ((ours, s.batches), (theirs, s.peer_batches)):
         sizes = [int(b) for b in text.split(",")]
-        best.append(min(sizes, key=lambda b: timed(lambda: run(b), device)[device.type == "cpu"]) if len(sizes) > 1 else sizes[0])
-    mine, others = ours(best[0]), theirs(best[1])
+        best.append(min(sizes, key=lambda b: timed(lambda: run(b), device)[0]) if len(sizes) > 1 else sizes[0])
+    answers = common.gather([(i, answer) for i, answer in zip(range(RANK, len(prompts), WORLD), ours(best[0]))])
+    mine, others = [answer for _, answer in sorted(answers)], common.gather(theirs(best[1]) or [])
     same = sum(a == b for a, b in zip(mine, others)) / len(prompts)
     assert dtype != torch.float32 or same == 1, f"greedy answers must be the same in float32, {same:.0%} are"
     result = in_turns(lambda: ours(best[0]), lambda: theirs(best[1]), s.repeats, device)
@@ -260,11 +282,12 @@ def bench_generate(s, device, dtype):
     head = c["vocab_size"] * c["hidden_size"]
     contexts = sum(len(a) * (len(p) + len(a) / 2) for p, a in zip(prompts, mine))
     kv_bytes = contexts * 2 * dtype.itemsize * llm.config.n_layers * llm.config.n_kv_heads * llm.config.head_dim
+    rate, bandwidth = rate * WORLD, bandwidth * WORLD
     prefill = 2 * body * n_prompt / rate
     decode = max(2 * (body + head) * n_new / rate, ((body + head) * dtype.itemsize * n_new / best[0] + kv_bytes) / bandwidth)
     return result | {
         "rows": len(prompts), "prompt_tokens": sum(map(len, prompts)), "shared_prefix": prefix, "new_tokens": n_new, "same_answers": same,
-        "ours_batch": best[0], "peer_batch": best[1], "ours_tokens_per_second": n_new / result["ours_seconds"],
+        "processes": WORLD, "ours_batch": best[0], "peer_batch": best[1], "ours_tokens_per_second": n_new / result["ours_seconds"],
         "peer_tokens_per_second": n_new / result["peer_seconds"], "floor_seconds": prefill + decode,
         "fraction_of_floor": (prefill + decode) / result["ours_seconds"], "ceiling_flops": rate, "ceiling_bytes": bandwidth,
     }  # fmt: skip
@@ -334,26 +357,31 @@ def bench_train(s, device, dtype):
     rows = [{"ids": shared + [AUDIO_ID] * 64 + ids(rng.randint(16, 116)), "target": ids(rng.randint(10, 90)), "mels": [mel()]} for _ in range(batch)]
     lengths = [len(row["ids"]) + len(row["target"]) for row in rows]
 
+    n_targets = sum(len(row["target"]) for row in rows)
+
     def step(loss, weights):
         for weight in weights:
             weight.grad = None
         value = loss()
         value.backward()
-        return value.item()
+        return value.detach()
 
-    ours = lambda: step(lambda: model.loss(rows), list(model.qformer.parameters()))
-    peer = lambda: step(lambda: peer_loss(parts, rows, model.taps, device), list(parts[2].parameters()))
-    losses = ours(), peer()
+    def ours():
+        value = step(lambda: model.loss(rows[RANK::WORLD], n_targets), list(model.qformer.parameters()))
+        common.sum_over_ranks(torch.cat([weight.grad.flatten() for weight in model.qformer.parameters()]))
+        return common.sum_over_ranks(value).item()
+
+    peer = lambda: on_all_cores(lambda: step(lambda: peer_loss(parts, rows, model.taps, device), list(parts[2].parameters())).item())
+    losses = ours(), common.gather([peer()])[0]
     assert abs(losses[0] - losses[1]) < (1e-4 if dtype == torch.float32 else 0.05), f"the two losses must agree: {losses}"
     result = in_turns(ours, peer, s.repeats, device)
     rate, _ = ceilings(dtype, device)
-    n_targets = sum(len(row["target"]) for row in rows)
     needed = train.flops(model, batch, sum(lengths) - 30 * batch, n_targets)  # the shared beginning is kept from step to step
     return result | {
-        "batch": batch, "tokens": [min(lengths), max(lengths)], "losses": losses, "audio_seconds": seconds,
+        "processes": WORLD, "batch": batch, "tokens": [min(lengths), max(lengths)], "losses": losses, "audio_seconds": seconds,
         "ours_samples_per_second": batch / result["ours_seconds"], "peer_samples_per_second": batch / result["peer_seconds"],
         "ours_peak_bytes": peak_memory(ours, device), "peer_peak_bytes": peak_memory(peer, device),
-        "needed_flops": needed, "mfu": needed / result["ours_seconds"] / rate, "ceiling_flops": rate,
+        "needed_flops": needed, "mfu": needed / result["ours_seconds"] / rate / WORLD, "ceiling_flops": rate * WORLD,
     }  # fmt: skip
 
 
@@ -478,11 +506,16 @@ def main():
     s = common.parse_settings(Settings, __doc__, sys.argv[2 if which else 1 :])
     if which is None:
         raise ValueError(f"say which: python bench.py {'|'.join(BENCHES)}")
-    device = torch.device(s.device or default_device())
+    device = common.start_processes()[2]
+    device = torch.device(s.device) if s.device else device
+    torch.manual_seed(0)  # the same random weights in every process
     dtype = getattr(torch, s.dtype) if s.dtype else compute_dtype(device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    hardware = f"{WORLD} × {hardware}" if WORLD > 1 else hardware
     result = {"bench": which, "llm": s.llm, "whisper": s.whisper, "device": hardware, "dtype": str(dtype), "torch": torch.__version__}
     result |= BENCHES[which](s, device, dtype) | {"load_average": os.getloadavg()[0], "time": time.strftime("%F %T")}
+    if RANK:
+        return
     for name, value in result.items():
         print(f"{name:>34}  {format(value, '.4g') if isinstance(value, float) else value}")
     line = json.dumps(result)

@@ -157,10 +157,10 @@ class Packed:
 
     def attend(self, layer, q, k, v):
         outs = []
-        for q, k, v, bias in zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases):  # row by row
+        for row_q, row_k, row_v, bias in zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases):
             if self.prefix:
-                k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.prefix[layer], (k, v)))
-            outs.append(attend(q, k, v, bias))
+                row_k, row_v = (torch.cat((old, new), dim=2) for old, new in zip(self.prefix[layer], (row_k, row_v)))
+            outs.append(attend(row_q, row_k, row_v, bias))
         return torch.cat(outs, dim=2)
 
 

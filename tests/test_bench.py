@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, flags, script, torchrun
 
 RANDOM = ["--llm", "random:tiny", "--whisper", "random:tiny-whisper", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
 TINY = {
@@ -64,6 +64,18 @@ def test_growth_is_drawn(results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = script("bench.py", "plot", "--out", results["file"])
     assert done.status == 0 and "</svg>" in (tmp_path / "assets" / "speed.svg").read_text(encoding="utf-8"), done.err
+
+
+@pytest.mark.parametrize("name", ["generate", "train"])
+def test_two_processes_share_our_side(name, results, tmp_path):
+    out = tmp_path / "bench.jsonl"
+    torchrun(2, "bench.py", name, *RANDOM, "--out", out, *TINY[name])
+    r, one = json.loads(out.read_text()), results[name]
+    assert r["processes"] == 2 and r["device"].startswith("2 × CPU") and r["ratio"] > 0
+    for key in ("same_answers", "new_tokens", "prompt_tokens") if name == "generate" else ():
+        assert r[key] == one[key]
+    if name == "train":
+        assert r["losses"] == pytest.approx(one["losses"], rel=1e-4)
 
 
 @pytest.mark.slow

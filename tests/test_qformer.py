@@ -122,10 +122,8 @@ def test_dropout(monkeypatch):
     torch.manual_seed(0)
     adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=48, n_layers=2, n_queries=5))
     taps, rates = torch.randn(1, 4, 10, 64), []
-    attention, dropout = F.scaled_dot_product_attention, F.dropout
-    noted = lambda q, k, v, dropout_p=0.0: rates.append(("probabilities", dropout_p)) or attention(q, k, v, dropout_p=dropout_p)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    kind = lambda x: "probabilities" if x.shape[-1] == taps.shape[2] else "output"  # the cross-attention's are per audio frame
+    dropout = F.dropout
+    kind = lambda x: "probabilities" if x.dim() == 4 or x.shape[-1] == taps.shape[2] else "output"  # over queries per head; over audio frames
     monkeypatch.setattr(F, "dropout", lambda x, p, training: rates.append((kind(x), p * training)) or dropout(x, p, training))
     layer = ["probabilities", "output", "probabilities", "output", "output"]
     assert not torch.equal(adapter.train()(taps), adapter(taps))
