@@ -184,12 +184,11 @@ def flops(model, n_clips, n_tokens, n_targets):
     per_block = sum(p.numel() for p in model.llm.model.layers[0].parameters())
     frames = 50 * model.audio_seconds
     encoder = 2 * frames * w.encoder_layers * (12 * w.d_model**2 + 2 * frames * w.d_model)
-    # cross-attention's keys and values see frozen input: no input gradient, so 4 per weight and frame
-    keys_values = q.n_layers * 4 * 2 * q.d_model**2 * q.n_taps * frames
-    scores = q.n_layers * 12 * q.n_taps * q.n_queries * frames * q.d_model
+    # cross-attention: every query of every head with every channel of every frame, for scores and sums, forward and backward
+    frames_read = q.n_layers * 4 * 2 * q.n_heads * q.n_queries * q.d_model * q.n_taps * frames
     queries = q.n_layers * 6 * (6 * q.d_model**2 + 2 * q.d_model * q.d_ff) * q.n_taps * q.n_queries
     head = 4 * llm.d_model * llm.vocab_size * n_targets
-    return n_clips * (encoder + keys_values + scores + queries) + 4 * per_block * llm.n_layers * n_tokens + head
+    return n_clips * (encoder + frames_read + queries) + 4 * per_block * llm.n_layers * n_tokens + head
 
 
 def peak_flops(device, dtype):
