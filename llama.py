@@ -118,19 +118,20 @@ def causal_bias(positions, n_keys, dtype):
     return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
 
 
-def attend(q, k, v, bias=None):
+def attend(q, k, v, bias=None, fused=None):
     """Attention of q (B, n_heads, T, head_dim) to k, v (B, n_kv_heads, S, head_dim), n_heads / n_kv_heads query heads sharing each k, v.
 
-    bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more.
+    bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more. fused: by PyTorch's kernels, by default on GPUs.
     """
+    fused = q.is_cuda if fused is None else fused
     B, H, T, head_dim = q.shape
     G, S = k.shape[1:3]
-    if q.is_cuda and T > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
+    if fused and bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # The query heads of one group become further query positions of their shared head: K and V are never copied per head.
     q = q.reshape(B, G, H // G * T, head_dim)
-    if q.is_cuda:  # decoding: one token a row, so one bias fits all heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(B, H, T, head_dim)
+    if fused:  # the memory-efficient kernel: the flash kernel takes no bias, and this one no grouped heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(1, 1, H // G, 1)).view(B, H, T, head_dim)
     # On CPUs plain products are faster at the lengths of a prompt: the backward pass of the fused bf16 kernel takes 5 times as long.
     if bias is None:
         bias = causal_bias(torch.arange(T, device=q.device)[None], S, q.dtype)

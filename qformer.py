@@ -64,9 +64,19 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = (self.self[name](x).view(B, N, self.n_heads, -1).transpose(1, 2) for name in ("query", "key", "value"))  # (B, heads, N, head_dim)
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # so few that fused attention is slower
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # so few that fused attention is slower
+        weights = scores.softmax(-1)
         out = F.dropout(weights, self.dropout, self.training) @ v
         return self.output(out.transpose(1, 2).reshape(B, N, D), x)
+
+
+ONES = 8  # channels added to the frames: a one, which carries the biases, and zeros, because products want widths that 8 divides
+
+
+def with_ones(audio):
+    audio = F.pad(audio, (0, ONES))
+    audio[..., -ONES] = 1
+    return audio
 
 
 class CrossAttention(Attention):
@@ -95,15 +105,6 @@ class CrossAttention(Attention):
         seen = (weights @ audio).view(B, H, N, -1).transpose(0, 1).reshape(H, B * N, -1)
         out = seen @ self.per_head("value", x.dtype).transpose(1, 2)  # (H, B * N, head_dim)
         return self.output(out.transpose(0, 1).reshape(B, N, D), x)
-
-
-ONES = 8  # channels added to the frames: a one, which carries the biases, and zeros, because products want widths that 8 divides
-
-
-def with_ones(audio):
-    audio = F.pad(audio, (0, ONES))
-    audio[..., -ONES] = 1
-    return audio
 
 
 class Layer(nn.Module):

@@ -38,6 +38,35 @@ def pair(request, tmp_path):
     return reference, llama.Llama.from_pretrained(tmp_path), tmp_path
 
 
+@pytest.mark.parametrize("T, S, batch", [(5, 5, 0), (5, 12, 1), (5, 12, 3), (1, 12, 3)])
+def test_attention_of_gpus_equals_attention_of_cpus(T, S, batch):
+    """The kernels that a GPU takes, on the CPU: whole prompts, rows after a prefix, a ragged prefill, decoding. And their gradients."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 8, T, 16), torch.randn(3, 2, S, 16), torch.randn(3, 2, S, 16)
+    bias = llama.causal_bias(torch.arange(S - T, S).expand(batch, -1) - torch.arange(batch)[:, None], S, q.dtype) if batch else None
+    results = []
+    for fused in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = llama.attend(*inputs, bias, fused)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_rows_equal_each_row_alone(pair):
+    reference, ours, _ = pair
+    rows = [torch.randint(1, 199, (1, n)) for n in (9, 4, 13)]
+    for P in (0, 6):
+        prefix, start = llama.Prefix(), torch.randint(1, 199, (1, P))
+        if P:
+            ours.hidden_states(ours.embed(start), prefix)
+        lengths = [row.shape[1] for row in rows]
+        x, positions = ours.embed(torch.cat(rows, 1)), torch.cat([P + torch.arange(n) for n in lengths])[None]
+        logits = ours.lm_head(ours.hidden_states(x, llama.Packed(lengths, prefix, x.dtype, x.device), positions))
+        expected = torch.cat([reference(torch.cat((start, row), 1)).logits[:, P:] for row in rows], 1)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def tiny(folder, **changes):
     torch.manual_seed(0)
     reference = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | changes)).float().eval()
