@@ -7,7 +7,7 @@
 # Leaves weights/, data/demo/, out/demo/ (adapter, log, predictions, report.html).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CLIPS=${CLIPS:-1500} TEST_CLIPS=${TEST_CLIPS:-150} TARGETS=${TARGETS:-1100} EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-300} DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
+CLIPS=${CLIPS:-1500} TEST_CLIPS=${TEST_CLIPS:-150} TARGETS=${TARGETS:-1100} EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-260} DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
 
 step() { # step "name" command...: say what runs, run it, say how long it took
     local start=$SECONDS
