@@ -358,12 +358,12 @@ class KVCache:
     def fit(self, length):
         """Make slots long enough, and not much longer: decoding reads them whole. For a part of a slot is not contiguous in
         memory, and the batched product of CPUs would copy it every time (2.3 instead of 0.6 ms per layer, 64 rows of 200 tokens)."""
-        size = self.k.shape[3]
+        size, fitting = self.k.shape[3], (length // 64 + 1) * 64
         if not size - 128 < length <= size:
-            kept, size = min(size, (length // 64 + 1) * 64), (length // 64 + 1) * 64
+            kept = min(size, fitting)
             for name, old in (("k", self.k), ("v", self.v)):
-                new = old.new_empty(*old.shape[:3], size, old.shape[4])
-                new[:, :, :, :kept], new[:, :, :, kept:] = old[:, :, :, :kept], 0
+                new = old.new_empty(*old.shape[:3], fitting, old.shape[4])
+                new[:, :, :, :kept], new[:, :, :, kept:] = old[:, :, :, :kept], 0  # a masked key must still be a number
                 setattr(self, name, new)
 
     def aim(self, first, positions, n_keys):
