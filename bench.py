@@ -298,7 +298,7 @@ def bench_growth(s, device, dtype):
     llm, c = build(s.llm, dtype, device)
     peer, rng, points = peer_llm(llm, c), random.Random(0), []
     prompt = lambda n: [rng.randrange(1, c["vocab_size"]) for _ in range(n)]
-    cases = [("batch", b, 32, 64, b) for b in (1, 4, 16, 64)] + [("prompt length", n, 8, n, 8) for n in (32, 128, 256, 512)]
+    cases = [("batch", b, 32, 64, b) for b in (1, 4, 16, 32)] + [("prompt length", n, 8, n, 8) for n in (32, 128, 256, 512)]
     cases += [("rows", n, n, 64, 32) for n in (8, 32, 64)]
     for axis, x, rows, length, batch in [cases[0]] + cases:  # the first is warm-up
         prompts = [prompt(length) for _ in range(min(rows, s.rows))]

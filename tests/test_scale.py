@@ -457,8 +457,8 @@ def test_killed_rank_ends_the_job(tiny_world, tmp_path):
     killed = time.monotonic()
     said, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and time.monotonic() - killed < 120  # a second or two where no other job disturbs
-    summary = said[said.index("Root Cause") :]
-    assert "rank      : 1 (" in summary and f"Signal 9 (SIGKILL) received by PID {victim}" in summary
+    # torchrun lists both; which one it calls the root cause depends on whether rank 0 gave up before its next look.
+    assert "rank      : 1 (" in said and f"Signal 9 (SIGKILL) received by PID {victim}" in said
 
 
 @pytest.mark.slow
