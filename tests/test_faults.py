@@ -259,6 +259,16 @@ def test_damaged_checkpoint_is_set_aside_for_the_older_one(world, tmp_path, tmp_
     one_line(script(*training(world, tmp_path)), "^error: no checkpoint in .* is whole: delete")
 
 
+def test_half_deleted_checkpoint_goes_when_the_run_goes_on(world, tmp_path, tmp_path_factory):
+    """What a kill leaves that comes in the middle of deleting an old one."""
+    expected = straight(world, "train.py", tmp_path_factory)
+    assert script(*training(world, tmp_path)).status == 0
+    (tmp_path / "checkpoints/step_00000001").mkdir()
+    shutil.copy(tmp_path / f"checkpoints/step_{STEPS:08d}/trainer.json", tmp_path / "checkpoints/step_00000001")
+    assert script(*training(world, tmp_path)).status == 0
+    assert contents(tmp_path) == expected
+
+
 def test_other_weights_are_not_gone_on_with(world, tmp_path):
     llm = shutil.copytree(world.llm, tmp_path / "llm")
     assert script(*training(world, tmp_path / "out", llm=llm, max_steps=2)).status == 0
