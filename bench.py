@@ -485,7 +485,10 @@ def plot(s, device, dtype):
         points = [point for point in result["points"] if point["axis"] == axis]
         for name, color in (("peer", "tab:gray"), ("ours", "tab:blue")):
             panel.plot([p["x"] for p in points], [p[name] for p in points], "o-", color=color, label={"peer": "transformers"}.get(name, name))
+        low, high = (pick(p[name] for p in points for name in ("ours", "peer")) for pick in (min, max))
+        ticks = [n * 10.0**e for e in range(-4, 5) for n in (1, 2, 5) if low / 1.5 < n * 10.0**e < high * 1.5]
         panel.set(xlabel=axis, xscale="log", yscale="log", xticks=[p["x"] for p in points], xticklabels=[p["x"] for p in points])
+        panel.set(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
     panels[0].set(ylabel="seconds" + (" of CPU time" if result["device"].startswith("CPU") else ""))
     panels[0].legend()
