@@ -140,31 +140,6 @@ def attend(q, k, v, bias=None, fused=None):
     return (weights.view(B, G, -1, S) @ v).view(B, H, T, head_dim)
 
 
-class Prefix(list):
-    """Keys and values, layer by layer, of the tokens that all rows of a batch start with: one pass with it as its cache fills it."""
-
-    def attend(self, layer, q, k, v):
-        self.append((k, v))  # (1, n_kv_heads, P, head_dim)
-        return attend(q, k, v)
-
-
-class Packed:
-    """Rows of these lengths laid end to end, (1, sum of lengths, …), each continuing the prefix: no padding is computed anywhere."""
-
-    def __init__(self, lengths, prefix, dtype, device):
-        P = prefix[0][0].shape[2] if prefix else 0
-        self.lengths, self.prefix = lengths, prefix
-        self.biases = [causal_bias(P + torch.arange(n, device=device)[None], P + n, dtype) if P else None for n in lengths]
-
-    def attend(self, layer, q, k, v):
-        outs = []
-        for row_q, row_k, row_v, bias in zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases):
-            if self.prefix:
-                row_k, row_v = (torch.cat((old, new), dim=2) for old, new in zip(self.prefix[layer], (row_k, row_v)))
-            outs.append(attend(row_q, row_k, row_v, bias))
-        return torch.cat(outs, dim=2)
-
-
 class Attention(nn.Module):
     """Grouped-query attention: n_heads query heads share n_kv_heads key/value heads."""
 

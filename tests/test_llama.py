@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import llama
+from model import Packed, Prefix
 
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
@@ -57,12 +58,12 @@ def test_packed_rows_equal_each_row_alone(pair):
     reference, ours, _ = pair
     rows = [torch.randint(1, 199, (1, n)) for n in (9, 4, 13)]
     for P in (0, 6):
-        prefix, start = llama.Prefix(), torch.randint(1, 199, (1, P))
+        prefix, start = Prefix(), torch.randint(1, 199, (1, P))
         if P:
             ours.hidden_states(ours.embed(start), prefix)
         lengths = [row.shape[1] for row in rows]
         x, positions = ours.embed(torch.cat(rows, 1)), torch.cat([P + torch.arange(n) for n in lengths])[None]
-        logits = ours.lm_head(ours.hidden_states(x, llama.Packed(lengths, prefix, x.dtype, x.device), positions))
+        logits = ours.lm_head(ours.hidden_states(x, Packed(lengths, prefix, x.dtype, x.device), positions))
         expected = torch.cat([reference(torch.cat((start, row), 1)).logits[:, P:] for row in rows], 1)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
