@@ -6,8 +6,7 @@ bench.py: ours against the peer a user would take instead, side by side in one p
     python bench.py encode        # Whisper's encoder against transformers'
     python bench.py audio         # files to log-mel: how many times faster than real time one data worker is
     python bench.py load          # import and loading, in fresh processes, against transformers
-    python bench.py growth        # cost over batch, prompt length and rows;  python bench.py plot   draws it
-    python bench.py cost          # GPU-hours at the paper's sizes, computed from FLOPs and bytes, not measured
+    python bench.py growth        # cost over batch, prompt length and rows;  python runs/plot_speed.py  draws it
 
     torchrun --nproc_per_node=2 bench.py generate|train                 # as the other scripts run: ours shared out over the processes,
                                                                         # the peer in one process with all cores
@@ -57,7 +56,7 @@ class Settings:
     peer_batches: str = setting("32,64,128", "the same for the peer")
     max_new_tokens: int = setting(128, "generate: at most so many")
     repeats: int = setting(5, "turns after the warm-up")
-    out: str = setting("out/bench.jsonl", "results are appended here; plot reads them")
+    out: str = setting("out/bench.jsonl", "results are appended here; runs/plot_speed.py reads them")
 
 
 # -- the two sides' models: the same weights, once in memory -----------------------------------------------------------------
@@ -447,60 +446,11 @@ WhisperProcessor.from_pretrained({s.whisper!r}); WhisperForConditionalGeneration
     return {"seconds": clock, "cpu_seconds": cpu, "ratio": clock["peer"] / clock["ours"], "cpu_ratio": cpu["peer"] / cpu["ours"]}
 
 
-# -- computed, drawn -----------------------------------------------------------------------------------------------------------------
-
-
-def cost(s, device, dtype):
-    """GPU-hours of the paper's recipe on one H100: computed, with the efficiencies that issue 4 asks for. Nothing here is measured."""
-    flops, bandwidth = 989e12, 3.35e12  # data sheet of the H100 SXM, dense bf16
-    mfu, memory_share, clips, epochs, prompt, shared, answer, batch = 0.45, 0.6, 5e6, 5, 150, 40, 100, 64
-    llm, whisper = build("random:8b", dtype, "meta")[0], build("random:large-v3", dtype, "meta")[0]
-    with torch.device("meta"):
-        model = DeSTA(llm, None, whisper, QFormer(QFormerConfig(1280, 20, 4096)))
-    c, body, head = llm.config, sum(p.numel() for p in llm.model.layers.parameters()), llm.lm_head.weight.numel()
-    kv = batch * (prompt + answer / 2) * 2 * 2 * c.n_layers * c.n_kv_heads * c.head_dim
-    hours = lambda seconds: seconds / 3600
-    prefill = 2 * body * (prompt - shared) / (flops * mfu)
-    decode = answer * (2 * (body + head) + kv) / batch / (bandwidth * memory_share)
-    row = train.flops(model, 1, 300, answer)
-    return {
-        "computed_not_measured": True,
-        "assumed": f"H100 SXM, {mfu:.0%} MFU, {memory_share:.0%} of the bandwidth at batch {batch}, prompts of {prompt} tokens ({shared} shared), "
-        f"answers of {answer}, training rows of 300 tokens, 30 s of audio",
-        "generation_gpu_hours": hours(clips * (prefill + decode)), "prefill_share": prefill / (prefill + decode),
-        "training_tflop_per_row": row / 1e12, "training_gpu_hours": hours(clips * epochs * row / (flops * mfu)),
-        "training_rows_per_second_and_gpu": flops * mfu / row, "audio_seconds_needed_per_second_and_gpu": 30 * flops * mfu / row,
-    }  # fmt: skip
-
-
-def plot(s, device, dtype):
-    """The last result of growth in --out -> assets/speed.svg"""
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in Path(s.out).read_text(encoding="utf-8").splitlines()]
-    result = [line for line in lines if line["bench"] == "growth"][-1]
-    axes = list(dict.fromkeys(point["axis"] for point in result["points"]))
-    figure, panels = plt.subplots(1, len(axes), figsize=(4 * len(axes), 3.2), layout="constrained")
-    for axis, panel in zip(axes, panels):
-        points = [point for point in result["points"] if point["axis"] == axis]
-        for name, color in (("peer", "tab:gray"), ("ours", "tab:blue")):
-            panel.plot([p["x"] for p in points], [p[name] for p in points], "o-", color=color, label={"peer": "transformers"}.get(name, name))
-        low, high = (pick(p[name] for p in points for name in ("ours", "peer")) for pick in (min, max))
-        ticks = [n * 10.0**e for e in range(-4, 5) for n in (1, 2, 5) if low / 1.5 < n * 10.0**e < high * 1.5]
-        panel.set(xlabel=axis, xscale="log", yscale="log", xticks=[p["x"] for p in points], xticklabels=[p["x"] for p in points])
-        panel.set(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
-        panel.minorticks_off()
-    panels[0].set(ylabel="seconds" + (" of CPU time" if result["device"].startswith("CPU") else ""))
-    panels[0].legend()
-    figure.suptitle(f"Greedy generation of {points[0]['new']} tokens a row, {result['llm']}, {result['dtype']}, {result['device']}", fontsize=9)
-    Path("assets").mkdir(exist_ok=True)
-    figure.savefig("assets/speed.svg")
-    return {"file": "assets/speed.svg"}
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 BENCHES = {
     "generate": bench_generate, "train": bench_train, "encode": bench_encode, "audio": bench_audio, "load": bench_load, "growth": bench_growth,
-    "cost": cost, "plot": plot,
 }  # fmt: skip
 
 
@@ -522,10 +472,9 @@ def main():
     for name, value in result.items():
         print(f"{name:>34}  {format(value, '.4g') if isinstance(value, float) else value}")
     line = json.dumps(result)
-    if which != "plot":
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-        with open(s.out, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(s.out, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
     print(line)
 
 

@@ -1,5 +1,5 @@
 """
-memory.py: the official configuration in figures: its parameters, part by part, and what a training step of it takes of a GPU.
+memory.py: the official configuration in figures: its parameters, part by part, what a training step takes of a GPU, and GPU-hours.
 
     python runs/memory.py               # computed: real shapes on the meta device, no weights, no GPU, a few seconds
     python runs/memory.py --measure 12  # on a GPU: one step with 12 rows and one generation, random weights; says time and memory
@@ -13,12 +13,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llama  # noqa: E402
+import train  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from qformer import QFormer, QFormerConfig  # noqa: E402
 from whisper import Whisper, WhisperConfig, tap_layers  # noqa: E402
@@ -129,6 +131,25 @@ def print_memory(parts, world=8):
             print(f"| {rows} | {shard} | {checkpoint} | " + " | ".join(f"{n / GB:.1f}" for n in found.values()) + f" | {total:.1f} | {fits} |")
 
 
+def cost(parts):
+    """GPU-hours of the paper's recipe on one H100: computed, with the efficiencies of `assumed`. Nothing here is measured."""
+    flops, bandwidth = 989e12, 3.35e12  # data sheet of the H100 SXM, dense bf16
+    mfu, memory_share, clips, epochs, prompt, shared, answer, batch = 0.45, 0.6, 5e6, 5, 150, 40, 100, 64
+    whisper, qformer, llm = parts
+    c, body, head = llm.config, sum(p.numel() for p in llm.model.layers.parameters()), llm.lm_head.weight.numel()
+    kv = batch * (prompt + answer / 2) * 2 * 2 * c.n_layers * c.n_kv_heads * c.head_dim
+    prefill = 2 * body * (prompt - shared) / (flops * mfu)
+    decode = answer * (2 * (body + head) + kv) / batch / (bandwidth * memory_share)
+    row = train.flops(SimpleNamespace(llm=llm, whisper=whisper, qformer=qformer, audio_seconds=30), 1, 300, answer)
+    return {
+        "assumed": f"H100 SXM, {mfu:.0%} MFU, {memory_share:.0%} of the bandwidth at batch {batch}, prompts of {prompt} tokens ({shared} shared), "
+        f"answers of {answer}, training rows of 300 tokens, 30 s of audio",
+        "generation_gpu_hours": clips * (prefill + decode) / 3600, "prefill_share": prefill / (prefill + decode),
+        "training_tflop_per_row": row / 1e12, "training_gpu_hours": clips * epochs * row / (flops * mfu) / 3600,
+        "training_rows_per_second_and_gpu": flops * mfu / row, "audio_seconds_needed_per_second_and_gpu": 30 * flops * mfu / row,
+    }  # fmt: skip
+
+
 def measure(parts, rows, new_tokens=64):
     """One training step and one generation, each after one to warm up -> {what: seconds or GB}"""
     whisper, qformer, llm = parts
@@ -165,6 +186,9 @@ def main():
         parts = build()
         print_parameters(*parts)
         print_memory(parts)
+        print("\nThe paper's 5 M generations and 5 epochs, computed, not measured")
+        for name, value in cost(parts).items():
+            print(f"{name:>40}  {format(value, '.4g') if isinstance(value, float) else value}")
         return
     if not torch.cuda.is_available():
         sys.exit("error: --measure needs a GPU, and torch finds none")

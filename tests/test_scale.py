@@ -497,6 +497,7 @@ def test_parameter_table_and_memory_at_full_size(memory, capsys):
     both, neither = memory.memory(parts, 4, 8, 1, True), memory.memory(parts, 4, 8, 0, False)
     assert neither["frozen"] == 2 * counts["| all frozen"] and neither["trained"] == 16 * 131_540_224
     assert neither["frozen"] - both["frozen"] == pytest.approx(2 * 7 / 8 * 6.98e9, rel=1e-3)
+    assert 11 < memory.cost(parts)["training_tflop_per_row"] < 12  # design.md: about 11.4 TFLOP
     inputs = 4 * memory.TOKENS * 4096 * 2 * 32  # each block's input in bf16
     assert inputs < both["kept"] < neither["kept"] - 5e9
 
