@@ -40,7 +40,7 @@ import train
 import whisper as audio
 from common import setting
 from llama import Llama, LlamaConfig, common_prefix, generate
-from model import AUDIO_ID, DeSTA, compute_dtype
+from model import AUDIO, AUDIO_ID, DeSTA, compute_dtype
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
 
@@ -230,13 +230,11 @@ def ragged_prompts(s, llm, n, low=30, high=200):
     tokenizer = Tokenizer(s.llm)
     sentences = [line for line in Path("demo/sentences.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     asks = ["Continue the story.", "What is this about? Answer briefly.", "Translate into French.", "List the nouns.", "Hi!"]
+    head, tail = map(tokenizer.encode, tokenizer.apply_chat_template([{"role": "user", "content": AUDIO}]).split(AUDIO))
     prompts = []
     for _ in range(n):
-        text, wanted, ids = rng.choice(asks), rng.randint(low, high), []
-        while len(ids) < wanted:
-            ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
-            text += " " + rng.choice(sentences)
-        prompts.append(ids[-high:])
+        text = " ".join([rng.choice(asks), *rng.sample(sentences, 20)])
+        prompts.append(head + tokenizer.encode(text)[: max(1, rng.randint(low, high) - len(head) - len(tail))] + tail)
     return prompts, tokenizer.stop_ids
 
 
@@ -279,7 +277,7 @@ def bench_generate(s, device, dtype):
     n_prompt = sum(map(len, prompts)) - prefix * (len(prompts) - 1)
     body = sum(p.numel() for p in llm.model.layers.parameters())
     head = c["vocab_size"] * c["hidden_size"]
-    contexts = sum(len(a) * (len(p) + len(a) / 2) for p, a in zip(prompts, mine))
+    contexts = sum(len(a) * (len(p) - prefix + len(a) / 2) for p, a in zip(prompts, mine))
     kv_bytes = contexts * 2 * dtype.itemsize * llm.config.n_layers * llm.config.n_kv_heads * llm.config.head_dim
     rate, bandwidth = rate * WORLD, bandwidth * WORLD
     prefill = 2 * body * n_prompt / rate

@@ -118,26 +118,47 @@ def causal_bias(positions, n_keys, dtype):
     return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
 
 
-def attend(q, k, v, bias=None, fused=None):
+def attend(q, k, v, bias=None, prefix=None, fused=None):
     """Attention of q (B, n_heads, T, head_dim) to k, v (B, n_kv_heads, S, head_dim), n_heads / n_kv_heads query heads sharing each k, v.
 
-    bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more. fused: by PyTorch's kernels, by default on GPUs.
+    bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more. prefix: further k, v (1, n_kv_heads, P, head_dim)
+    that every query sees, of every row. fused: by PyTorch's kernels, by default on GPUs.
     """
-    fused = q.is_cuda if fused is None else fused
     B, H, T, head_dim = q.shape
     G, S = k.shape[1:3]
-    if fused and bias is None:
+    if fused is None:  # they want the prefix in front of every row's keys: a copy that one query a row is not worth
+        fused = q.is_cuda and not (prefix and T == 1)
+    if fused and bias is None and not prefix:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if bias is None:
+        bias = causal_bias(torch.arange(T, device=q.device)[None], S, q.dtype)
     # The query heads of one group become further query positions of their shared head: K and V are never copied per head.
     q = q.reshape(B, G, H // G * T, head_dim)
     if fused:  # the memory-efficient kernel: the flash kernel takes no bias, and this one no grouped heads
+        if prefix:
+            k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2) for old, new in zip(prefix, (k, v)))
+            bias = F.pad(bias, (k.shape[2] - S, 0))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(1, 1, H // G, 1)).view(B, H, T, head_dim)
     # On CPUs plain products are faster at the lengths of a prompt: the backward pass of the fused bf16 kernel takes 5 times as long.
-    if bias is None:
-        bias = causal_bias(torch.arange(T, device=q.device)[None], S, q.dtype)
-    scores = (q * head_dim**-0.5) @ k.transpose(-1, -2)  # (B, G, H/G * T, S)
-    weights = (scores.view(B, G, H // G, T, S) + bias[:, :, None]).softmax(-1)
-    return (weights.view(B, G, -1, S) @ v).view(B, H, T, head_dim)
+    q = q * head_dim**-0.5
+    scores = ((q @ k.transpose(-1, -2)).view(B, G, H // G, T, S) + bias[:, :, None]).view(B, G, -1, S)
+    if not prefix:
+        return (scores.softmax(-1) @ v).view(B, H, T, head_dim)
+    # The queries of all rows look at the prefix together, in one product that reads it once.
+    old_k, old_v = prefix
+    together = lambda t: t.transpose(0, 1).reshape(1, G, -1, t.shape[-1])  # (B, G, H/G * T, …) -> (1, G, B * H/G * T, …)
+    apart = lambda t: t.view(G, B, -1, t.shape[-1]).transpose(0, 1)
+    scores = torch.cat((apart(together(q) @ old_k.transpose(-1, -2)), scores), dim=-1)  # (B, G, H/G * T, P + S)
+    old_weights, weights = scores.softmax(-1).split((old_k.shape[2], S), dim=-1)
+    return (weights @ v + apart(together(old_weights) @ old_v)).view(B, H, T, head_dim)
+
+
+class Prefix(list):
+    """Keys and values, layer by layer, of tokens that many rows start with: one pass with it as its cache fills it."""
+
+    def attend(self, layer, q, k, v):
+        self.append((k.contiguous(), v.contiguous()))  # (1, n_kv_heads, P, head_dim)
+        return attend(q, k, v)
 
 
 class Attention(nn.Module):
@@ -320,45 +341,45 @@ def load_weights(module, folder, dtype, device):
 # A step of decoding reads every weight once, whatever the batch, so throughput is won by keeping many rows in flight. Each
 # row owns one slot of the cache, and the rows in flight are always the first slots: a finished row's slot is taken
 # over by the last one, so nothing is computed for rows that are done. When an eighth of the slots are free, the next prompts
-# are prefilled into them together. What all prompts begin with (the system prompt) is prefilled once and copied.
+# are prefilled into them together. What all prompts begin with (the system prompt) is prefilled, kept and read once for all.
 
 
 class KVCache:
-    """Keys and values of n_slots rows. A token's place in its slot is its position."""
+    """Keys and values of the rows in flight: what follows the shared prefix. A token's place in its row's slot is its position after the prefix."""
 
-    def __init__(self, config, n_slots, dtype, device):
-        self.k = torch.zeros(config.n_layers, n_slots, config.n_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.v = self.k.clone()
+    def __init__(self, config, n_slots, prefix, dtype, device):
+        empty = torch.empty(n_slots, config.n_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.layers = [[empty, empty] for _ in range(config.n_layers)]  # k, v
+        self.prefix = prefix
 
     def fit(self, length):
         """Make slots long enough, and not much longer: decoding reads them whole. For a part of a slot is not contiguous in
         memory, and the batched product of CPUs would copy it every time (2.3 instead of 0.6 ms per layer, 64 rows of 200 tokens)."""
-        size, fitting = self.k.shape[3], (length // 64 + 1) * 64
+        n_slots, G, size, head_dim = self.layers[0][0].shape
         if not size - 128 < length <= size:
-            kept = min(size, fitting)
-            for name, old in (("k", self.k), ("v", self.v)):
-                new = old.new_empty(*old.shape[:3], fitting, old.shape[4])
-                new[:, :, :, :kept], new[:, :, :, kept:] = old[:, :, :, :kept], 0  # a masked key must still be a number
-                setattr(self, name, new)
+            fitting = -(-length // 64) * 64
+            zeros = self.layers[0][0].new_zeros(n_slots, G, max(0, fitting - size), head_dim)  # a masked key must still be a number
+            for layer in self.layers:  # one after the other: the cache never exists twice
+                layer[:] = [torch.cat((t[:, :, :fitting], zeros), dim=2) for t in layer]
 
-    def aim(self, first, positions, n_keys):
-        """The next pass is for slots first, first + 1, … and the positions (B, T) of its tokens; it looks at keys 0 … n_keys - 1."""
-        B, T = positions.shape
-        self.rows, self.positions, self.n_keys = slice(first, first + B), positions, n_keys
-        self.slots = torch.arange(first, first + B, device=positions.device)
-        self.fresh = T == n_keys  # nothing cached is looked at: plain causal attention
-        self.bias = causal_bias(positions, n_keys, self.k.dtype)
+    def aim(self, first, places):
+        """The next pass computes these places (B, T) of the slots first, first + 1, …"""
+        self.rows = slice(first, first + len(places))
+        self.at = torch.arange(first, first + len(places), device=places.device)[:, None], slice(None), places
+        # None: a fresh prompt sees the prefix and itself, nothing that is stored
+        self.bias = causal_bias(places, self.layers[0][0].shape[2], self.layers[0][0].dtype) if places.shape[1] == 1 else None
 
     def attend(self, layer, q, k, v):
         """Store this pass's k, v (B, n_kv_heads, T, head_dim), and let its queries attend to all that their slots hold."""
-        at = (self.slots[:, None], slice(None), self.positions)
-        self.k[layer][at], self.v[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
-        if self.fresh:
-            return attend(q, k, v)
-        return attend(q, self.k[layer, self.rows, :, : self.n_keys], self.v[layer, self.rows, :, : self.n_keys], self.bias)
+        all_k, all_v = self.layers[layer]
+        all_k[self.at], all_v[self.at] = k.transpose(1, 2), v.transpose(1, 2)
+        if self.bias is not None:
+            k, v = all_k[self.rows], all_v[self.rows]
+        return attend(q, k, v, self.bias, self.prefix[layer] if self.prefix else None)
 
     def move(self, source, target):
-        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+        for k, v in self.layers:
+            k[target], v[target] = k[source], v[source]
 
 
 def sample(logits, temperature, top_p, uniform):
@@ -388,9 +409,7 @@ def common_prefix(prompts):
 
 
 @torch.inference_mode()
-def generate(
-    llm, prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, stop_ids=(), seed=0, batch_size=64, progress=False
-):
+def generate(llm, prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, stop_ids=(), seed=0, batch_size=64, progress=False):
     """Continue every prompt. -> list of token id lists; one that ended by itself ends with its stop id.
 
     prompts: id lists, or embedding tensors (T, d_model), of any lengths. temperature 0 is greedy. seed: an int, or
@@ -411,39 +430,33 @@ def generate(
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     n_slots = min(batch_size, len(prompts))
     group = max(1, n_slots // 8)  # prompts prefilled together: enough for an efficient product, few enough to refill often
-    cache = KVCache(llm.config, n_slots, dtype, device)
     rows = []  # rows[s]: the prompt that slot s works on
     answers, draws = [[] for _ in prompts], {}
     bar = tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress, leave=False)
     n_tokens = 0
 
-    prefix = common_prefix(prompts) if len(prompts) > 1 else 0
-    if prefix:
-        cache.fit(prefix)
-        positions = torch.arange(prefix, device=device)[None]
-        cache.aim(0, positions, prefix)
-        llm.hidden_states(as_embeddings(prompts[0][:prefix])[None], cache, positions)
-        cache.k[:, 1:, :, :prefix] = cache.k[:, :1, :, :prefix]
-        cache.v[:, 1:, :, :prefix] = cache.v[:, :1, :, :prefix]
+    P, prefix = common_prefix(prompts) if len(prompts) > 1 else 0, Prefix()
+    if P:
+        llm.hidden_states(as_embeddings(prompts[0][:P])[None], prefix)
+    cache = KVCache(llm.config, n_slots, prefix, dtype, device)
+    held = lambda r: len(prompts[r]) - P + len(answers[r])  # tokens after the prefix, the one to be chosen next not counted
 
     while rows or waiting:
         if waiting and n_slots - len(rows) >= group:  # prefill
             first, new = len(rows), [waiting.popleft() for _ in range(min(group, len(waiting)))]
-            parts = [as_embeddings(prompts[r][prefix:]) for r in new]
+            parts = [as_embeddings(prompts[r][P:]) for r in new]
             x = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # (rows, T, d_model), right-padded
             last = torch.tensor([len(part) - 1 for part in parts], device=device)
-            positions = prefix + torch.arange(x.shape[1], device=device).expand(len(new), -1)
+            places = torch.arange(x.shape[1], device=device).expand(len(new), -1)
             rows += new
-            cache.fit(max(len(prompts[r]) + len(answers[r]) for r in rows))
-            cache.aim(first, positions, prefix + x.shape[1])
         else:  # decode: the token that was chosen last, for all rows in flight
             first = 0
             x = llm.embed(torch.tensor([[answers[r][-1]] for r in rows], device=device))
             last = torch.zeros(len(rows), dtype=torch.long, device=device)
-            positions = torch.tensor([[len(prompts[r]) + len(answers[r]) - 1] for r in rows], device=device)
-            cache.fit(max(len(prompts[r]) + len(answers[r]) for r in rows))
-            cache.aim(first, positions, cache.k.shape[3])
-        hidden = llm.hidden_states(x, cache, positions)[torch.arange(len(x), device=device), last]  # (rows, d_model)
+            places = torch.tensor([[held(r) - 1] for r in rows], device=device)
+        cache.fit(max(map(held, rows)))
+        cache.aim(first, places)
+        hidden = llm.hidden_states(x, cache, P + places)[torch.arange(len(x), device=device), last]  # (rows, d_model)
         uniform = None
         if temperature > 0:
             for r in rows[first:]:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import load_tensors, read_record, run, save_tensors, write_record
-from llama import Llama, add_lora, attend, causal_bias, generate
+from llama import Llama, Prefix, add_lora, attend, causal_bias, generate
 from qformer import QFormer, QFormerConfig
 from tokenizer import Tokenizer, read_json
 from whisper import SAMPLE_RATE, Whisper, load_audio, log_mel, tap_layers
@@ -142,29 +142,17 @@ def transcribe_windows(whisper, clips, seconds, max_new_tokens=128):
 # Rows of a batch inside the LLM
 
 
-class Prefix(list):
-    """Keys and values, layer by layer, of the tokens that all rows of a batch start with: one pass with it as its cache fills it."""
-
-    def attend(self, layer, q, k, v):
-        self.append((k, v))  # (1, n_kv_heads, P, head_dim)
-        return attend(q, k, v)
-
-
 class Packed:
     """Rows of these lengths laid end to end, (1, sum of lengths, …), each continuing the prefix: no padding is computed anywhere."""
 
     def __init__(self, lengths, prefix, dtype, device):
-        P = prefix[0][0].shape[2] if prefix else 0
         self.lengths, self.prefix = lengths, prefix
-        self.biases = [causal_bias(P + torch.arange(n, device=device)[None], P + n, dtype) if P else None for n in lengths]
+        self.biases = [causal_bias(torch.arange(n, device=device)[None], n, dtype) if prefix else None for n in lengths]
 
     def attend(self, layer, q, k, v):
-        outs = []
-        for row_q, row_k, row_v, bias in zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases):
-            if self.prefix:
-                row_k, row_v = (torch.cat((old, new), dim=2) for old, new in zip(self.prefix[layer], (row_k, row_v)))
-            outs.append(attend(row_q, row_k, row_v, bias))
-        return torch.cat(outs, dim=2)
+        rows = zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases)
+        prefix = self.prefix[layer] if self.prefix else None
+        return torch.cat([attend(*row, prefix) for row in rows], dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

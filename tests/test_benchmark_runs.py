@@ -197,9 +197,11 @@ def test_text_only_needs_neither_whisper_nor_adapter(files, tiny_world, tmp_path
     out = tmp_path / "mmau.jsonl"
     done = script(*evaluate("mmau", files, nowhere, out))
     assert done.status == 0 and done.out.splitlines()[1:3] == runs["mmau"][1].splitlines()[1:3], "the same prompt, the slot filled with words"
-    for row, said in zip(mmau.load(**{"path": files["mmau"]["data"], "audio_root": "none", "text_only": True}), read_jsonl(out)):
-        ids = build_prompt(backbone.tokenizer, row["messages"], description_slot(backbone.tokenizer))
-        assert row["description"] in backbone.tokenizer.decode(ids) and said["model_output"] == backbone.generate(row["messages"], 6)[0]
+    rows = mmau.load(**{"path": files["mmau"]["data"], "audio_root": "none", "text_only": True})
+    for row in rows:
+        assert row["description"] in backbone.tokenizer.decode(build_prompt(backbone.tokenizer, row["messages"], description_slot(backbone.tokenizer)))
+    # All together as eval.py does it: in bf16 two tokens may be so close that the company of other rows decides.
+    assert [row["model_output"] for row in read_jsonl(out)] == backbone.generate([row["messages"] for row in rows], 6, batch_size=32)
 
 
 @pytest.mark.parametrize("task", ["sakura", "voicebench", "dynamic_superb", "heldout"])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import llama
-from model import Packed, Prefix
+from model import Packed
 
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
@@ -48,7 +48,7 @@ def test_attention_of_gpus_equals_attention_of_cpus(T, S, batch):
     results = []
     for fused in (True, False):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = llama.attend(*inputs, bias, fused)
+        out = llama.attend(*inputs, bias, fused=fused)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
@@ -58,7 +58,7 @@ def test_packed_rows_equal_each_row_alone(pair):
     reference, ours, _ = pair
     rows = [torch.randint(1, 199, (1, n)) for n in (9, 4, 13)]
     for P in (0, 6):
-        prefix, start = Prefix(), torch.randint(1, 199, (1, P))
+        prefix, start = llama.Prefix(), torch.randint(1, 199, (1, P))
         if P:
             ours.hidden_states(ours.embed(start), prefix)
         lengths = [row.shape[1] for row in rows]
