@@ -124,31 +124,30 @@ def attend(q, k, v, bias=None, prefix=None, fused=None):
     bias: see causal_bias; None: plain causal attention. Right-padded rows need nothing more. prefix: further k, v (1, n_kv_heads, P, head_dim)
     that every query sees, of every row. fused: by PyTorch's kernels, by default on GPUs.
     """
+    fused = q.is_cuda if fused is None else fused
     B, H, T, head_dim = q.shape
     G, S = k.shape[1:3]
-    if fused is None:  # they want the prefix in front of every row's keys: a copy that one query a row is not worth
-        fused = q.is_cuda and not (prefix and T == 1)
-    if fused and bias is None and not prefix:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if bias is None:
+    if bias is None and (prefix or not fused):
         bias = causal_bias(torch.arange(T, device=q.device)[None], S, q.dtype)
+    if prefix and T > 1:  # many queries a row: copied in front of every row's keys
+        k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2) for old, new in zip(prefix, (k, v)))
+        bias, prefix, S = F.pad(bias, (k.shape[2] - S, 0)), None, k.shape[2]
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # The query heads of one group become further query positions of their shared head: K and V are never copied per head.
     q = q.reshape(B, G, H // G * T, head_dim)
-    if fused:  # the memory-efficient kernel: the flash kernel takes no bias, and this one no grouped heads
-        if prefix:
-            k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2) for old, new in zip(prefix, (k, v)))
-            bias = F.pad(bias, (k.shape[2] - S, 0))
+    if fused and not prefix:  # the memory-efficient kernel: the flash kernel takes no bias, and this one no grouped heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(1, 1, H // G, 1)).view(B, H, T, head_dim)
     # On CPUs plain products are faster at the lengths of a prompt: the backward pass of the fused bf16 kernel takes 5 times as long.
     q = q * head_dim**-0.5
     scores = ((q @ k.transpose(-1, -2)).view(B, G, H // G, T, S) + bias[:, :, None]).view(B, G, -1, S)
     if not prefix:
         return (scores.softmax(-1) @ v).view(B, H, T, head_dim)
-    # The queries of all rows look at the prefix together, in one product that reads it once.
+    # One query a row: those of all rows look at the prefix together, in one product that reads it once.
     old_k, old_v = prefix
-    together = lambda t: t.transpose(0, 1).reshape(1, G, -1, t.shape[-1])  # (B, G, H/G * T, …) -> (1, G, B * H/G * T, …)
+    together = lambda t: t.transpose(0, 1).reshape(1, G, -1, t.shape[-1])  # (B, G, H/G, …) -> (1, G, B * H/G, …)
     apart = lambda t: t.view(G, B, -1, t.shape[-1]).transpose(0, 1)
-    scores = torch.cat((apart(together(q) @ old_k.transpose(-1, -2)), scores), dim=-1)  # (B, G, H/G * T, P + S)
+    scores = torch.cat((apart(together(q) @ old_k.transpose(-1, -2)), scores), dim=-1)  # (B, G, H/G, P + S)
     old_weights, weights = scores.softmax(-1).split((old_k.shape[2], S), dim=-1)
     return (weights @ v + apart(together(old_weights) @ old_v)).view(B, H, T, head_dim)
 

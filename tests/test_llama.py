@@ -53,6 +53,17 @@ def test_attention_of_gpus_equals_attention_of_cpus(T, S, batch):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("T, S", [(5, 5), (1, 1), (1, 12)])
+def test_prefix_equals_keys_in_front_of_every_row(T, S, fused):
+    torch.manual_seed(0)
+    q, k, v, old_k, old_v = torch.randn(3, 8, T, 16), *torch.randn(2, 3, 2, S, 16), *torch.randn(2, 1, 2, 7, 16)
+    bias = llama.causal_bias(torch.tensor([[S - 1], [3], [0]]), S, q.dtype) if T < S else None
+    whole = torch.nn.functional.pad(bias if T < S else llama.causal_bias(torch.arange(T)[None], S, q.dtype), (7, 0))
+    expected = llama.attend(q, torch.cat((old_k.expand(3, -1, -1, -1), k), 2), torch.cat((old_v.expand(3, -1, -1, -1), v), 2), whole, fused=False)
+    torch.testing.assert_close(llama.attend(q, k, v, bias, (old_k, old_v), fused), expected, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_packed_rows_equal_each_row_alone(pair):
     reference, ours, _ = pair
