@@ -161,6 +161,19 @@ def test_cached_equals_uncached(tmp_path):
         assert llm(ids)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
+@torch.no_grad()
+def test_slots_grow_and_shrink_with_their_rows(tmp_path, monkeypatch):
+    llm, rng, sizes = tiny(tmp_path), random.Random(0), []
+    fit = llama.KVCache.fit
+    monkeypatch.setattr(llama.KVCache, "fit", lambda cache, length: fit(cache, length) or sizes.append(cache.layers[-1][0].shape[2]))
+    prompts = [[rng.randrange(199) for _ in range(n)] for n in (300, 60, 50, 20)]
+    for prompt, answer in zip(prompts, llama.generate(llm, prompts, 90, batch_size=2)):
+        ids = torch.tensor([prompt + answer])
+        assert llm(ids)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    steps = [b - a for a, b in zip(sizes, sizes[1:])]
+    assert max(steps) > 0 > min(steps), "this test is about both"
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.8, 0.7)])
 def test_rows_do_not_depend_on_each_other(tmp_path, temperature, top_p):
     """17 ragged prompts, refilled through 4 slots, all at once, and one by one: the same tokens."""
