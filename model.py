@@ -1,54 +1,64 @@
 """
 model.py: DeSTA2.5-Audio, the three parts joined (paper sections 3 and 4).
 
-    audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors + transcript -> LLM (frozen) -> text
+    audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors ┐
+          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM
+          (frozen) -> text
 
-The heart is `build_prompt`: one chat prompt with one slot. Filled with a text description of the clip, the LLM writes the
-training targets. Filled with the audio vectors and the transcript, the same LLM has to give the same answers.
+The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a text
+description of the clip, the LLM writes the training targets. Filled with the audio vectors and the
+transcript, the same LLM has to give the same answers.
 
-    python model.py clip.wav --prompt "What do you hear?" --adapter out/demo/adapter
-    python model.py clip.wav --prompt "Who speaks?" --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3 --adapter DIR
+    python model.py clip.wav                                    # a conversation about the clip;
+    Ctrl-D ends it python model.py clip.wav --prompt "What do you hear?"       # one answer python
+    model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
 """
 
-import argparse
-import functools
-import itertools
-import os
 import re
 import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from common import load_tensors, read_record, run, save_tensors, write_record
-from llama import Llama, Prefix, add_lora, attend, causal_bias, generate
+from engine import fast, run
+from engine.checkpoint import load_tensors, read_record, save_tensors, write_record
+from engine.rows import audio_file
+from engine.run import argument, compute_dtype, default_device, setting
+from engine.weights import check_fit, read_json
+from llama import Llama, add_lora, generate
 from qformer import QFormer, QFormerConfig
-from tokenizer import Tokenizer, read_json
+from recipes import GENERATE_DATA
+from tokenizer import Tokenizer
 from whisper import SAMPLE_RATE, Whisper, load_audio, log_mel, tap_layers
 
 AUDIO, START, END = "<|AUDIO|>", "<start_audio>", "<end_audio>"
-AUDIO_ID = -1  # stands for one audio vector in a list of token ids; never reaches the embedding table
-MAX_TRANSCRIPT = 100  # tokens per window
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff")
-ADAPTER_PREFIX, LLM_PREFIX = "perception.connector.", "llm_model."  # the official checkpoint's names of the Q-Former and of the LLM
+AUDIO_ID = -1  # stands for one audio vector among token ids; never reaches the embedding table
 NO_ADAPTER = "train an adapter with `torchrun train.py`, or download the released one"
+MAX_TRANSCRIPT = 100  # tokens per window
+PRECISION, LONG = ("fast", "official"), ("cut", "split")
+ADAPTER_PREFIX, LLM_PREFIX = "perception.connector.", "llm_model."  # in the official checkpoint
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The prompt
 
 
 def audios_of(messages):
-    """All audios of a conversation, in order. ValueError where the number of <|AUDIO|> and of audios differ."""
+    """All audios of a conversation, in order. ValueError where <|AUDIO|> and audios do not
+    match.
+    """
     audios = []
     for i, message in enumerate(messages):
-        n_slots, given = message["content"].count(AUDIO), message.get("audios") or []
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i}: the role is {message['role']!r}, not system, user or assistant")
+        role, given = message["role"], message.get("audios") or []
+        n_slots = message["content"].count(AUDIO)
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"message {i}: the role is {role!r}, not system, user or assistant")
         if n_slots != len(given):
-            raise ValueError(f"message {i} ({message['role']}) has {n_slots} {AUDIO} but {len(given)} audios")
+            raise ValueError(f"message {i} ({role}) has {n_slots} {AUDIO} but {len(given)} audios")
         audios += given
     return audios
 
@@ -57,16 +67,17 @@ def build_prompt(tokenizer, messages, fill):
     """THE HEART OF THE METHOD: one chat prompt, whose audio slots can be filled in two ways.
 
     messages: the official form (see DeSTA.generate). fill: audio dict -> list of token ids, one of
-        description_slot(tokenizer)          the clip in words: what the LLM reads when it writes the training target
-        audio_slot(tokenizer, n_queries)     AUDIO_ID for each audio vector, then the transcript: what it must match
-        lambda audio: []                     nothing: how much can be guessed without the clip
-    -> token ids. Everything outside the slots is the same, token for token, whatever fills them: the text before
-    and after a slot is tokenized on its own.
+        description_slot(tokenizer)       in words: the LLM reads this when it writes the target
+        audio_slot(tokenizer, n_vectors)  in sound: AUDIO_ID for each vector, then the transcript
+        lambda audio: []                  nothing: how much can be guessed without the clip
+    -> token ids. Everything outside the slots is the same, token for token, whatever fills them:
+    the text before and after a slot is tokenized on its own.
     """
     audios = audios_of(messages)
-    # Training files carry the delimiters, hand-written prompts a bare <|AUDIO|>: both become the same text.
-    delimited = lambda text: re.sub(f"(?:{START})?{re.escape(AUDIO)}(?:{END})?", START + AUDIO + END, text)
-    chat = [{"role": m["role"], "content": delimited(m["content"])} for m in messages]
+    # Training files carry the delimiters, hand-written prompts do not: both become the same text.
+    slot = re.compile(f"(?:{START})?{re.escape(AUDIO)}(?:{END})?")
+    with_delimiters = lambda text: slot.sub(START + AUDIO + END, text)
+    chat = [{"role": m["role"], "content": with_delimiters(m["content"])} for m in messages]
     before, *after = tokenizer.apply_chat_template(chat).split(AUDIO)
     ids = tokenizer.encode(before)
     for audio, text in zip(audios, after, strict=True):
@@ -74,156 +85,223 @@ def build_prompt(tokenizer, messages, fill):
     return ids
 
 
-def opening(system):
-    """What stands before the question: a system prompt, or the messages of a .json file (for a small LLM: worked examples too)."""
-    if system.endswith(".json"):
-        return read_json(Path(system))
-    return [{"role": "system", "content": system}] if system else []
-
-
 def description_slot(tokenizer):
     return lambda audio: tokenizer.encode(audio["description"], special=False)
 
 
-def audio_slot(tokenizer, n_queries):
+def audio_slot(tokenizer, n_vectors):
     def fill(audio):
         if not isinstance(audio.get("text"), str):
-            raise ValueError(f"{audio.get('audio')} has no transcript: give \"text\" (generate_data.py writes it; DeSTA.generate lets Whisper)")
-        n = audio.get("windows", 1)  # of a long clip, with --long_audio split: the vectors of the first, of the second, …, then the transcript
-        # special=False: "<|im_end|>" in a transcript is something that was said, not the end of a turn.
-        return [AUDIO_ID] * n * n_queries + tokenizer.encode(audio["text"], special=False)[: n * MAX_TRANSCRIPT]
+            remedy = 'give "text" (generate_data.py writes it; DeSTA.generate lets Whisper)'
+            raise ValueError(f"{audio.get('audio')} has no transcript: {remedy}")
+        n_windows = audio.get("windows", 1)  # more with --long_audio split
+        # special=False: "<|im_end|>" in a transcript was said, and ends no turn.
+        transcript = tokenizer.encode(audio["text"], special=False)[: n_windows * MAX_TRANSCRIPT]
+        return [AUDIO_ID] * n_windows * n_vectors + transcript
 
     return fill
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Audio files
+def read_context(system):
+    """What stands before the question: a system prompt, or the messages of a .json file."""
+    if system.endswith(".json"):
+        return read_json(system)
+    return [{"role": "system", "content": system}] if system else []
 
 
-def audio_file(path, root=None):
-    """root/path, or where nothing is there, the one file that differs from it in its extension: data sets say .flac of what is .wav on disk.
+def before_question(messages):
+    """The messages before the last question."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[:last]
 
-    root: the folder that the path starts from and must stay in (ValueError), for it comes out of a data file; None: any path will do.
+
+def with_context(messages, context):
+    """The messages with another context before the last question; None keeps their own."""
+    if context is None:
+        return messages
+    return [*context, *messages[len(before_question(messages)) :]]
+
+
+# --------------------------------------------------------------------------------------------------
+# From files to what the model takes
+
+
+def audio_windows(path, root, seconds, long_audio="cut", warn=run.warn):
+    """An audio file -> waveforms of at most so many seconds: the first ("cut") or all ("split").
+
+    path, root: see engine.rows.audio_file. warn(text) is told of what is cut off.
     """
-    file = Path(root or ".") / path
-    if root is not None and not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(root)):
-        raise ValueError(f"{path} lies outside the audio root {root}: give a root that holds it (/ holds all absolute paths)")
-    if file.exists() or not file.name:
-        return file
-    others = [other for suffix in SUFFIXES if (other := file.with_suffix(suffix)).exists()]
-    return others[0] if len(others) == 1 else file
-
-
-@functools.cache
-def warn_once(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def audio_windows(path, root, seconds, long_audio="cut"):
-    """An audio file -> its waveforms of at most so many seconds, in order: all of them ("split"), or the first, with a warning ("cut")."""
     file, rest = audio_file(path, root), 0.1  # seconds: a clip of 30.01 s is one of 30 s
-    windows = load_audio(file, max_seconds=seconds + rest if long_audio == "cut" else None).split(round(seconds * SAMPLE_RATE))
+    most = seconds + rest if long_audio == "cut" else None
+    waveform = load_audio(file, max_seconds=most, warn=warn)
+    windows = waveform.split(round(seconds * SAMPLE_RATE))
     if len(windows) > 1 and len(windows[-1]) < round(rest * SAMPLE_RATE):
         windows = windows[:-1]
     if len(windows) > 1 and long_audio == "cut":
         total = soundfile.info(file).duration
-        warn_once(f"{file} lasts {total:.1f} s: the last {total - seconds:.1f} s are not heard (--long_audio split hears them)")
+        heard = f"only the first {seconds} s are heard (--long_audio split hears all)"
+        warn(f"{file} lasts {total:.1f} s: {heard}")
         windows = windows[:1]
     return windows
 
 
 def transcribe_windows(whisper, clips, seconds, max_new_tokens=128):
     """One transcript per clip. clips: list of what audio_windows returns."""
-    texts = iter(whisper.transcribe([window for clip in clips for window in clip], max_new_tokens, seconds=seconds))
-    return [" ".join(text for text in [next(texts) for _ in clip] if text.strip()) or " " for clip in clips]
+    windows = [window for clip in clips for window in clip]
+    texts = iter(whisper.transcribe(windows, max_new_tokens, seconds=seconds))
+    joined = [" ".join(next(texts).strip() for _ in clip).strip() for clip in clips]
+    return [text or " " for text in joined]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows of a batch inside the LLM
+@dataclass
+class Reader:
+    """From messages and audio files to token ids and log-mels.
+
+    It holds no weights: data-loading processes get a copy.
+    """
+
+    tokenizer: Tokenizer
+    n_vectors: int  # per window of audio; 0: no Whisper, clips are told in words
+    n_mels: int
+    audio_seconds: int
+    long_audio: str
+
+    def mels(self, path, root=None, warn=run.warn):
+        """-> log-mels of the file's windows (n_windows, n_mels, 100 * audio_seconds), on the CPU"""
+        windows = audio_windows(path, root, self.audio_seconds, self.long_audio, warn)
+        return log_mel(windows, self.n_mels, seconds=self.audio_seconds)
+
+    def read(self, messages, root=None, fill=None, warn=run.warn):
+        """A conversation -> (token ids of its prompt, log-mels that its AUDIO_IDs stand for)
+
+        fill: see build_prompt; by default in sound.
+        """
+        in_sound, mels = audio_slot(self.tokenizer, self.n_vectors), []
+        fill = fill or (in_sound if self.n_vectors else description_slot(self.tokenizer))
+
+        def fill_and_hear(audio):
+            ids = fill(audio)
+            if AUDIO_ID in ids:  # else the clip is told in words, or left out: no need to load it
+                windows = self.mels(audio["audio"], root, warn)
+                mels.extend(windows)
+                ids = fill(audio | {"windows": len(windows)}) if len(windows) > 1 else ids
+            return ids
+
+        return build_prompt(self.tokenizer, messages, fill_and_hear), mels
+
+    def prepare(self, row, root=None, fill=None):
+        """A training row -> {"ids", "target", "mels", "warnings"}
+
+        The token ids of prompt and answer, and the log-mels of the clips.
+        The target ends with the end-of-turn token, unless the answer was cut ("truncated"): nothing
+        teaches a false ending.
+        """
+        warnings = []
+        target = self.tokenizer.encode(row["response"], special=False)
+        if not row.get("truncated"):
+            target.append(self.tokenizer.eos_id)
+        ids, mels = self.read(row["messages"], root, fill, warnings.append)
+        return {"ids": ids, "target": target, "mels": mels, "warnings": warnings}
 
 
-class Packed:
-    """Rows of these lengths laid end to end, (1, sum of lengths, …), each continuing the prefix: no padding is computed anywhere."""
-
-    def __init__(self, lengths, prefix, dtype, device):
-        self.lengths, self.prefix = lengths, prefix
-        self.biases = [causal_bias(torch.arange(n, device=device)[None], n, dtype) if prefix else None for n in lengths]
-
-    def attend(self, layer, q, k, v):
-        rows = zip(*(t.split(self.lengths, dim=2) for t in (q, k, v)), self.biases)
-        prefix = self.prefix[layer] if self.prefix else None
-        return torch.cat([attend(*row, prefix) for row in rows], dim=2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass
+class DeSTAConfig:
+    """An adapter's config.json: its size, how it was trained, and how it wants to be asked."""
 
+    llm: str = ""  # folders of the frozen parts
+    whisper: str = ""
+    n_layers: int = 6
+    n_queries: int = 64
+    lora_rank: int = 0  # see llama.add_lora; 0 leaves the LLM as it is
+    audio_seconds: int = 30  # clips are padded or cut to this window
+    # The rest of longer clips is lost ("cut", as in the paper), or the slot holds the vectors of
+    # all windows, one after the other ("split").
+    long_audio: str = "cut"
+    context: list | None = None  # messages before the question; None: not known
+    max_answer_tokens: int = -1  # of the longest targets; -1: not known
 
-def compute_dtype(device):
-    """bf16 where the hardware multiplies it (every recent GPU; CPUs with AVX512-BF16 or AMX: 4x float32), else float32."""
-    if torch.device(device).type == "cpu":
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16
+    OFFICIAL_NAMES = {
+        "llm": "llm_model_id",
+        "whisper": "encoder_model_id",
+        "n_layers": "qformer_num_hidden_layers",
+        "n_queries": "prompt_size",
+    }
+
+    @classmethod
+    def from_adapter(cls, folder):
+        """Read config.json of an adapter's folder, ours or the released one."""
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: {NO_ADAPTER}")
+        saved = read_record(file)
+        if saved.get("use_lora") and "lora_rank" not in saved:
+            saved["lora_rank"] = 16  # the official code knows no other
+        names = {f.name: cls.OFFICIAL_NAMES.get(f.name, f.name) for f in fields(cls)}
+        return cls(**{ours: saved[theirs] for ours, theirs in names.items() if theirs in saved})
+
+    def write(self, folder):
+        ours = {self.OFFICIAL_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        official = {
+            "connector_mode": "qformer_1",
+            "audio_locator": AUDIO,
+            "placeholder_token": "<|reserved_special_token_87|>",  # what the official code writes
+            "use_lora": bool(self.lora_rank),
+        }
+        write_record(Path(folder) / "config.json", official | ours)
 
 
 class DeSTA(torch.nn.Module):
-    """Whisper + Q-Former + LLM. Only `self.qformer` has trainable parameters, and LoRA's matrices in the LLM, where they are asked for.
+    """Whisper + adapter + LLM. Only `self.adapter` is trained, and LoRA where it is asked for."""
 
-    llm_folder and whisper_folder name the frozen parts in the adapter's config.json.
-    audio_seconds: clips are padded or cut to this. 30 in the paper; the demo's short clips take less.
-    long_audio: what becomes of the rest of longer ones. "cut": it is lost, as in the paper. "split": the slot holds the vectors of
-    all windows of audio_seconds, one after the other. lora_rank: see llama.add_lora; 0 leaves the LLM as it is.
-    """
-
-    def __init__(self, llm, tokenizer, whisper, qformer, audio_seconds=30, llm_folder="", whisper_folder="", long_audio="cut", lora_rank=0):
+    def __init__(self, config, llm, tokenizer, whisper, adapter):
         super().__init__()
-        if long_audio not in ("cut", "split"):
-            raise ValueError(f"long_audio {long_audio!r} is neither cut nor split")
-        self.long_audio, self.lora_rank = long_audio, lora_rank
-        if lora_rank:
-            add_lora(llm, lora_rank, qformer.config.dropout)
-        self.llm, self.tokenizer, self.whisper, self.qformer = llm, tokenizer, whisper, qformer
-        self.audio_seconds, self.llm_folder, self.whisper_folder = audio_seconds, str(llm_folder), str(whisper_folder)
+        self.config, self.tokenizer = config, tokenizer
+        self.llm, self.whisper, self.adapter = llm, whisper, adapter
+        if config.lora_rank:
+            add_lora(llm, config.lora_rank, adapter.config.dropout)
         self.taps = tap_layers(whisper.config.encoder_layers) if whisper else None
-        self.kept_prefix = None, None  # see frozen_prefix
+        n_vectors, n_mels = (adapter.n_vectors, whisper.config.num_mel_bins) if whisper else (0, 0)
+        self.reader = Reader(tokenizer, n_vectors, n_mels, config.audio_seconds, config.long_audio)
+        self.prefix = None, None  # see engine.fast.kept_prefix
 
     @classmethod
     def from_pretrained(
-        cls, llm, whisper, adapter=None, dtype=None, device=None, audio_dtype=None, audio_seconds=30, long_audio="", lora_rank=0,
-        shard_llm=False, **qformer,
-    ):  # fmt: skip
-        """Load the frozen parts from Hugging Face folders, and the adapter from its folder, if given.
+        cls,
+        llm,
+        whisper,
+        adapter=None,
+        dtype=None,
+        device=None,
+        audio_dtype=None,
+        shard_llm=False,
+        dropout=0.1,
+        **config,
+    ):
+        """Load the frozen parts from Hugging Face folders, and the adapter, if given, from its own.
 
-        dtype: of the LLM, by default compute_dtype(device). audio_dtype: what Whisper and the Q-Former compute in, by
-        default the same; the released model is run with float32. long_audio: see the class; by default as the adapter was
-        trained. shard_llm: see llama.shard_blocks. Without an adapter a fresh Q-Former is made, for which audio_seconds,
-        lora_rank and the fields n_layers, n_queries, dropout of QFormerConfig can be given. whisper None: the LLM alone,
-        which reads descriptions in the audio slots.
+        dtype: of the LLM, by default compute_dtype(device). audio_dtype: what Whisper and the
+        adapter compute in, by default the same; the released model is run with float32.
+        config: fields of DeSTAConfig in place of the adapter's own, or of a fresh Q-Former.
+        shard_llm: see engine.weights.shard_blocks.
+        whisper None: the LLM alone, which reads descriptions in the audio slots.
         """
         device = device or default_device()
         dtype = dtype or compute_dtype(device)
-        if adapter is not None:
-            if not (Path(adapter) / "config.json").is_file():
-                raise FileNotFoundError(f"{adapter}/config.json is missing: {NO_ADAPTER}")
-            saved = read_record(Path(adapter) / "config.json")
-            qformer |= {"n_layers": saved["qformer_num_hidden_layers"], "n_queries": saved["prompt_size"]}
-            audio_seconds, long_audio = saved.get("audio_seconds", 30), long_audio or saved.get("long_audio", "")
-            lora_rank = saved.get("lora_rank", 16 * bool(saved.get("use_lora")))  # the official code knows no other rank
+        c = DeSTAConfig() if adapter is None else DeSTAConfig.from_adapter(adapter)
+        c = replace(c, **{"llm": str(llm), "whisper": str(whisper or "")} | config)
         tokenizer = Tokenizer(llm)
         if whisper is None:
-            return cls(Llama.from_pretrained(llm, dtype=dtype, device=device), tokenizer, None, None, llm_folder=llm).eval()
-        whisper_model = Whisper.from_pretrained(whisper, dtype=audio_dtype or dtype, device=device)
-        llm_model = Llama.from_pretrained(llm, dtype=dtype, device=device, shard=shard_llm)
-        w = whisper_model.config
-        n_taps = len(tap_layers(w.encoder_layers))
-        config = QFormerConfig(w.d_model, w.encoder_attention_heads, llm_model.config.d_model, n_taps=n_taps, **qformer)
-        adapter_module = QFormer(config).to(device)
-        model = cls(llm_model, tokenizer, whisper_model, adapter_module, audio_seconds, llm, whisper, long_audio or "cut", lora_rank)
+            return cls(c, Llama.from_pretrained(llm, dtype, device), tokenizer, None, None).eval()
+        ears = Whisper.from_pretrained(whisper, audio_dtype or dtype, device)
+        llm_model = Llama.from_pretrained(llm, dtype, device, shard=shard_llm)
+        w, d_llm = ears.config, llm_model.config.d_model
+        size = dict(n_layers=c.n_layers, n_queries=c.n_queries, dropout=dropout)
+        qformer = QFormer(QFormerConfig(w.d_model, w.encoder_attention_heads, d_llm, **size))
+        model = cls(c, llm_model, tokenizer, ears, qformer.to(device))
         if adapter is not None:
             model.load_adapter(adapter)
         return model.eval()
@@ -233,175 +311,152 @@ class DeSTA(torch.nn.Module):
         return self.llm.model.embed_tokens.weight.device
 
     def trained(self):
-        """{name: parameter} of all that learns. LoRA's names are the official files'; the Q-Former's lack ADAPTER_PREFIX."""
-        lora = {f"{LLM_PREFIX}{name}": p for name, p in self.llm.named_parameters() if ".lora_" in name}
-        return dict(self.qformer.named_parameters()) | lora
+        """{name: parameter} of all that learns.
 
-    # -- audio in ------------------------------------------------------------------------------------------------------
+        LoRA's names are the official files'; the adapter's lack ADAPTER_PREFIX.
+        """
+        llm = self.llm.named_parameters()
+        lora = {LLM_PREFIX + name: p for name, p in llm if ".lora_" in name}
+        return dict(self.adapter.named_parameters()) | lora
 
-    def mels(self, path, root=None):
-        """Audio file -> log-mels of its windows (n_windows, n_mels, 100 * audio_seconds) on the CPU; safe to call in data-loading workers."""
-        windows = audio_windows(path, root, self.audio_seconds, self.long_audio)
-        return log_mel(windows, self.whisper.config.num_mel_bins, seconds=self.audio_seconds)
-
-    def read(self, messages, root=None, fill=None):
-        """A conversation -> (token ids of its prompt, list of the log-mels that its AUDIO_IDs stand for). fill: see build_prompt."""
-        fill = fill or (audio_slot(self.tokenizer, self.qformer.config.n_queries) if self.qformer else description_slot(self.tokenizer))
-        mels = []
-
-        def fill_and_hear(audio):
-            ids = fill(audio)
-            if AUDIO_ID in ids:  # else the clip is told in words, or left out: no need to load it
-                windows = self.mels(audio["audio"], root)
-                mels.extend(windows)
-                ids = fill(audio | {"windows": len(windows)}) if len(windows) > 1 else ids
-            return ids
-
-        return build_prompt(self.tokenizer, messages, fill_and_hear), mels
+    # -- from ids and mels to what the LLM reads --------------------------------------------------
 
     def audio_vectors(self, mels):
-        """mels (A, n_mels, frames) -> what the LLM reads in place of each clip: (A, n_queries, d_llm)."""
-        taps = self.whisper.encode(mels.to(self.device), self.taps)  # (A, n_taps, T, d_model), without gradient
-        return self.qformer(taps)
+        """mels (A, n_mels, frames) -> what the LLM reads for each window (A, n_vectors, d_llm)"""
+        taps = self.whisper.encode(mels.to(self.device), self.taps)  # (A, n_taps, T, d_model)
+        return self.adapter(taps)
 
     def embed(self, ids, mels):
-        """Token ids with AUDIO_ID in them (B, T), and the mels of their audios in reading order -> (B, T, d_llm)."""
-        x = self.llm.embed(ids.clamp(min=0))
-        if len(mels):
-            vectors = self.audio_vectors(mels)
-            assert (ids == AUDIO_ID).sum() == vectors.shape[0] * vectors.shape[1], "audio slots and clips do not match"
-            x = x.index_put((ids == AUDIO_ID,), vectors.flatten(0, 1).to(x.dtype))
+        """What the LLM reads. ids (B, T) on the CPU, AUDIO_ID for each audio vector -> (B, T,
+        d_llm)
+
+        mels: list of the windows' log-mels, in the order of the AUDIO_IDs.
+        """
+        # Counted on the CPU: a GPU would have to finish its work first to say how many there are.
+        row, position = (ids == AUDIO_ID).nonzero(as_tuple=True)
+        x = self.llm.embed(ids.clamp(min=0).to(self.device))
+        if mels:
+            vectors = self.audio_vectors(torch.stack(mels)).flatten(0, 1)  # (A * n_vectors, d_llm)
+            assert len(row) == len(vectors), "audio slots and clips do not match"
+            x = x.index_put((row.to(x.device), position.to(x.device)), vectors.to(x.dtype))
+        if self.llm.sharded and torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # all ranks make the same backward passes, with audio or without
         return x
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------------------------------------
 
-    def prepare(self, row, root=None, fill=None):
-        """A training row -> {"ids", "target", "mels"}: tokens of the prompt and of the answer, and the clips' log-mels.
+    def losses(self, rows):
+        """Cross-entropy of each target token of prepared rows. -> (n_targets,), row after row
 
-        fill: what goes into the slot (see build_prompt), by default the audio. Runs on the CPU, in any worker process.
+        A row is prompt + target, and position i predicts token i + 1. Rows are padded on the right:
+        causal attention never looks there, so there is no mask, and FlashAttention can be used.
         """
-        target = self.tokenizer.encode(row["response"], special=False) + [self.tokenizer.eos_id]
-        ids, mels = self.read(row["messages"], root, fill)
-        return {"ids": ids, "target": target, "mels": mels}
+        if fast.wanted(self.llm.lm_head.weight):  # on CPUs: the same losses, sooner
+            return fast.losses(self, rows)
+        sequences = [torch.tensor(row["ids"] + row["target"]) for row in rows]
+        ids = pad_sequence(sequences, batch_first=True)  # (B, T)
+        # Where the targets are predicted: one before each. Made on the CPU, for a boolean mask
+        # would make a GPU wait. (n_targets,)
+        row = torch.cat([torch.full((len(r["target"]),), b) for b, r in enumerate(rows)])
+        position = torch.cat([len(r["ids"]) - 1 + torch.arange(len(r["target"])) for r in rows])
+        mels = [mel for r in rows for mel in r["mels"]]
+        hidden = self.llm.hidden_states(self.embed(ids[:, :-1], mels))  # (B, T - 1, d_llm)
+        # The head comes after the selection: it is the largest product, and most positions are
+        # prompt. (n_targets, vocab_size)
+        logits = self.llm.lm_head(hidden[row.to(self.device), position.to(self.device)]).float()
+        return F.cross_entropy(logits, ids[row, position + 1].to(self.device), reduction="none")
 
-    @torch.no_grad()
-    def frozen_prefix(self, ids):
-        """Keys and values of token ids that stand before any audio. The last result is kept: a data set's rows mostly start alike."""
-        if ids and self.kept_prefix[0] != ids:
-            prefix = Prefix()
-            self.llm.hidden_states(self.llm.embed(torch.tensor([ids], device=self.device)), prefix)
-            self.kept_prefix = ids, prefix
-        return self.kept_prefix[1] if ids else None
+    def loss(self, rows, n_target_tokens=None, root=None):
+        """Mean cross-entropy of the target tokens of rows -> scalar
+
+        rows: training rows, or what Reader.prepare made of them.
+        n_target_tokens: divide by this many instead of the batch's own count. train.py passes the
+        count of the *global* batch, so that every token weighs the same however rows are split over
+        micro-batches and processes. (The official code averages the means of micro-batches, where a
+        token in a short batch weighs more.)
+        """
+        rows = [row if "ids" in row else self.reader.prepare(row, root) for row in rows]
+        losses = self.losses(rows)
+        return losses.sum() / (n_target_tokens or len(losses))
 
     def row_losses(self, rows):
-        """Prepared rows -> (summed cross-entropy of each row's target (B,), number of its tokens (B,))."""
-        # What all rows start with (template header, system prompt, examples) does not depend on trained weights.
-        # (With LoRA it does; and with a sharded LLM every rank must make the same number of passes.)
-        P, shortest = 0, min(len(row["ids"]) for row in rows)
-        may_share = not (self.lora_rank or self.llm.sharded)
-        while may_share and len({row["ids"][P] for row in rows}) == 1 and rows[0]["ids"][P] != AUDIO_ID and P < shortest - 1:
-            P += 1
-        prefix = self.frozen_prefix(rows[0]["ids"][:P])
-        # Rows go on with prompt + target without its last token, one after the other.
-        sequences = [torch.tensor(row["ids"][P:] + row["target"][:-1]) for row in rows]
-        lengths = [len(sequence) for sequence in sequences]
-        ids = torch.cat(sequences)[None].to(self.device)  # (1, T), T the sum of lengths
-        positions = torch.cat([P + torch.arange(n) for n in lengths])[None].to(self.device)
-        mels = [mel for row in rows for mel in row["mels"]]
-        x = self.embed(ids, torch.stack(mels) if mels else mels)
-        if self.llm.sharded and torch.is_grad_enabled():
-            x.requires_grad_()  # rows without audio too: the backward pass is one of those that every rank must make
-        hidden = self.llm.hidden_states(x, Packed(lengths, prefix, x.dtype, x.device), positions)[0]  # (T, d_llm)
-        # Position len(prompt) - 1 + j predicts target token j. Pick these *before* the output head: its
-        # vocabulary-sized product is the largest in the model, and most positions are prompt.
-        n_targets = [len(row["target"]) for row in rows]
-        position = torch.cat([end - n + torch.arange(n) for end, n in zip(itertools.accumulate(lengths), n_targets)]).to(self.device)
-        row_index = torch.arange(len(rows)).repeat_interleave(torch.tensor(n_targets)).to(self.device)
-        targets = torch.cat([torch.tensor(row["target"]) for row in rows]).to(self.device)
-        logits = self.llm.lm_head(hidden[position]).float()  # (target tokens of the batch, vocab_size)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        counts = torch.bincount(row_index, minlength=len(rows))
-        return torch.zeros(len(rows), device=self.device).index_add(0, row_index, losses), counts
+        """Prepared rows -> (summed losses of each row (B,), number of its target tokens (B,))"""
+        counts = [len(row["target"]) for row in rows]
+        sums = torch.stack([losses.sum() for losses in self.losses(rows).split(counts)])
+        return sums, torch.tensor(counts, device=self.device)
 
     def take_part(self):
-        """What a rank without rows does while others compute theirs with a sharded LLM: gather and pass on all blocks as often as they do."""
+        """For a rank without rows: gather a sharded LLM's blocks as often as the others do."""
         weight = self.llm.model.embed_tokens.weight
         x = weight.new_zeros(1, 1, weight.shape[1], requires_grad=torch.is_grad_enabled())
         hidden = self.llm.hidden_states(x)
         if hidden.requires_grad:
             hidden.sum().backward()
 
-    def loss(self, rows, n_target_tokens=None, root=None):
-        """Mean cross-entropy of the target tokens of rows (training rows, or what `prepare` made of them) -> scalar.
-
-        n_target_tokens: divide by this many instead of the batch's own count. train.py passes the count of the *global*
-        batch, so that every token weighs the same however rows are split over micro-batches and processes. (The official
-        code averages the means of micro-batches, where a token in a short batch weighs more.)
-        """
-        rows = [row if "ids" in row else self.prepare(row, root) for row in rows]
-        sums, counts = self.row_losses(rows)
-        return sums.sum() / (n_target_tokens or counts.sum())
-
-    # -- inference -----------------------------------------------------------------------------------------------------
+    # -- inference --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, messages, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0, root=None, fill=None, **options):
-        """Answer one conversation, or a list of them -> list of str.
+    def generate(
+        self,
+        messages,
+        max_new_tokens=512,
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
+        root=None,
+        fill=None,
+        **options,
+    ):
+        """Answer one conversation, or a list of them -> list of str
 
         messages: [{"role": "system", "content": "..."},
-                   {"role": "user", "content": "<|AUDIO|>\nWho speaks?", "audios": [{"audio": "a.wav", "text": None}]}]
-        with any number of turns and audios, none included. "text" is the transcript; None: let Whisper write it.
+                   {"role": "user", "content": "<|AUDIO|>\nWho speaks?",
+                    "audios": [{"audio": "a.wav", "text": None}]}]
+        with any number of turns and audios, none included. "text" is the transcript; None: let
+        Whisper write it.
         root: folder that audio paths start from and must stay in; None: any path will do.
-        fill: see build_prompt. options: batch_size, progress of llama.generate.
+        fill: see build_prompt. options: batch_size, progress of engine.decode.generate.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        conversations = self._with_transcripts(conversations, root)
+        conversations = self.with_transcripts(conversations, root)
         prompts = []
-        for start in range(0, len(conversations), 16):  # encoders run on 16 conversations at once, the LLM on options["batch_size"]
-            ids, mels = zip(*(self.read(conversation, root, fill) for conversation in conversations[start : start + 16]))
-            rows, mels = [torch.tensor(i) for i in ids], [mel for m in mels for mel in m]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-            x = self.embed(ids, torch.stack(mels) if mels else mels)  # (rows, T, d_llm)
-            prompts += [x[b, : len(ids)] for b, ids in enumerate(rows)]
-        stop_ids = self.tokenizer.stop_ids
-        answers = generate(self.llm, prompts, max_new_tokens, temperature, top_p, stop_ids, seed, **options)
+        for start in range(0, len(conversations), 16):  # the encoders' batch; the LLM has its own
+            part = conversations[start : start + 16]
+            rows = [self.reader.read(conversation, root, fill) for conversation in part]
+            ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+            x = self.embed(ids, [mel for _, mels in rows for mel in mels])  # (rows, T, d_llm)
+            prompts += [x[b, : len(ids)] for b, (ids, _) in enumerate(rows)]
+        sampling = max_new_tokens, temperature, top_p
+        answers = generate(self.llm, prompts, *sampling, self.tokenizer.stop_ids, seed, **options)
         return [self.tokenizer.decode(ids).strip() for ids in answers]
 
-    def _with_transcripts(self, conversations, root):
-        """The same conversations, with every missing ("text": None) transcript written by Whisper, all in one batch."""
+    def with_transcripts(self, conversations, root=None):
+        """The same conversations, with missing transcripts ("text": None) written by Whisper."""
         if self.whisper is None:
             return conversations
-        files = [a["audio"] for c in conversations for a in audios_of(c) if a.get("text") is None]
-        clips = [audio_windows(file, root, self.audio_seconds, self.long_audio) for file in files]
-        texts = iter(transcribe_windows(self.whisper, clips, self.audio_seconds))
-        fill_in = lambda audio: audio if audio.get("text") is not None else audio | {"text": next(texts)}
-        return [
-            [m | {"audios": [fill_in(a) for a in m["audios"]]} if m.get("audios") else m for m in conversation]
-            for conversation in conversations
-        ]
+        c = self.config
+        files = [a["audio"] for m in conversations for a in audios_of(m) if a.get("text") is None]
+        clips = [audio_windows(file, root, c.audio_seconds, c.long_audio) for file in files]
+        texts = iter(transcribe_windows(self.whisper, clips, c.audio_seconds))
 
-    # -- the adapter's folder: model.safetensors under the official names, and config.json -------------------------------
+        def filled(audio):
+            return audio | {"text": next(texts)} if audio.get("text") is None else audio
+
+        def with_text(message):
+            audios = message.get("audios") or []
+            return message | {"audios": [filled(audio) for audio in audios]} if audios else message
+
+        return [[with_text(message) for message in messages] for messages in conversations]
+
+    # -- the adapter's folder: model.safetensors under the official names, and config.json --------
 
     def save_adapter(self, folder):
-        """Write the trained part only, atomically: a killed process leaves the old adapter or the new one."""
-        folder = Path(folder)
-        config = {
-            "llm_model_id": self.llm_folder,
-            "encoder_model_id": self.whisper_folder,
-            "connector_mode": "qformer_1",
-            "qformer_num_hidden_layers": self.qformer.config.n_layers,
-            "prompt_size": self.qformer.config.n_queries,
-            "audio_locator": AUDIO,
-            "placeholder_token": "<|reserved_special_token_87|>",  # what the official code writes; ours needs none
-            "audio_seconds": self.audio_seconds,  # this and what follows is ours
-            "long_audio": self.long_audio,
-            "use_lora": bool(self.lora_rank),  # official again
-            "lora_rank": self.lora_rank,
-        }
-        state = {ADAPTER_PREFIX + name: tensor for name, tensor in self.qformer.official_state_dict().items()}
-        state |= {name: p.detach() for name, p in self.trained().items() if name.startswith(LLM_PREFIX)}
-        save_tensors(folder / "model.safetensors", state)
-        write_record(folder / "config.json", config)
+        """Write what was trained, and config.json. A kill leaves the old adapter or the new one."""
+        adapter = self.adapter.state_to_save()
+        state = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
+        state |= {name: p for name, p in self.trained().items() if name.startswith(LLM_PREFIX)}
+        save_tensors(Path(folder) / "model.safetensors", state)
+        self.config.write(folder)
 
     def load_adapter(self, folder):
         """Load model.safetensors of an adapter folder, ours or the released one.
@@ -412,43 +467,124 @@ class DeSTA(torch.nn.Module):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: {NO_ADAPTER}")
         try:
-            loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in load_tensors(file).items()}
+            loaded = load_tensors(file)
         except ValueError as error:
-            raise ValueError(f"{error}: use an older one, OUT/checkpoints/*/adapter of train.py, or train again") from None
-        wanted = {name: parameter.shape for name, parameter in self.trained().items()}
-        wrong = [f"{n} {tuple(t.shape)}, expected {tuple(wanted[n])}" for n, t in loaded.items() if n in wanted and t.shape != wanted[n]]
-        problems = {"missing": sorted(wanted.keys() - loaded), "unknown": sorted(loaded.keys() - wanted), "wrong shape": wrong}
-        if any(problems.values()):
-            lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-            raise ValueError(f"{file} does not fit this Whisper and LLM. {lists}")
-        for name, parameter in self.trained().items():
+            remedy = "use an older one, OUT/checkpoints/*/adapter of train.py, or train again"
+            raise ValueError(f"{error}: {remedy}") from None
+        loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in loaded.items()}
+        trained = self.trained()
+        if not DeSTAConfig.from_adapter(folder).lora_rank:  # LoRA that is added now starts afresh
+            trained = dict(self.adapter.named_parameters())
+        shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+        check_fit(f"{file} does not fit this Whisper and LLM", shapes(loaded), shapes(trained))
+        for name, parameter in trained.items():
             parameter.data.copy_(loaded[name])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Ask about a file
+
+
+@dataclass
+class Settings:
+    audio: str = argument("the clip: wav, flac, ogg, opus, mp3, …")
+    prompt: str = setting("", "one question; without it, a conversation in the terminal")
+    adapter: str = setting("out/demo/adapter", "folder written by train.py, or the released one")
+    llm: str = setting("", "Hugging Face folder; '' is the one that the adapter was trained with")
+    whisper: str = setting("", "Hugging Face folder; '' as above")
+    system: str = setting("", "system prompt, or a .json file of messages; '' is as trained")
+    precision: str = setting("fast", "official: Whisper and adapter in float32", choices=PRECISION)
+    long_audio: str = setting(
+        "", "beyond the window: cut, split; '' is as trained", choices=("", *LONG)
+    )
+    max_new_tokens: int = setting(-1, "the answer is cut here; -1 is as trained", low=1)
+    temperature: float = setting(0.0, "0 is greedy", high=100)
+    top_p: float = setting(1.0, "nucleus sampling, where temperature is not 0", low=1e-6, high=1)
+    verbose: int = setting(0, "1: show transcripts and the prompt", high=1)
+    textbook: int = setting(0, "1: compute as GPUs do, on CPUs too: slower", high=1)
+
+
+def inherit(settings, adapter, names):
+    """Settings that no flag gave become the adapter's instead of the recipe's.
+
+    ValueError where a flag contradicts its size.
+    """
+    saved = asdict(DeSTAConfig.from_adapter(adapter))
+    for name in names:
+        given, value = name in settings.given, saved[name]
+        if given and name in ("n_layers", "n_queries") and getattr(settings, name) != value:
+            raise ValueError(f"--{name} {getattr(settings, name)}: {adapter} has {value}")
+        if not given and value not in ("", None, -1):
+            setattr(settings, name, value)
+
+
+def load_to_ask(s, device=None):
+    """The adapter s.adapter, on the LLM and the Whisper it was trained with, or on s.llm,
+    s.whisper.
+
+    s: a script's settings; s.precision and s.long_audio are used, too.
+    """
+    saved = DeSTAConfig.from_adapter(s.adapter)
+    llm, whisper = s.llm or saved.llm, s.whisper or saved.whisper
+    for flag, folder in (("llm", llm), ("whisper", whisper)):
+        if not Path(folder).is_dir():
+            trained = f"{s.adapter} was trained with {folder}, which is no folder here"
+            raise FileNotFoundError(f"{trained}: give --{flag}")
+    audio_dtype = torch.float32 if s.precision == "official" else None
+    changes = {"long_audio": s.long_audio} if s.long_audio else {}
+    options = dict(device=device, audio_dtype=audio_dtype, **changes)
+    return DeSTA.from_pretrained(llm, whisper, s.adapter, **options)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Ask about one audio file.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("audio", help="wav, flac, ogg or mp3")
-    parser.add_argument("--prompt", default="What do you hear?")
-    parser.add_argument("--system", default="demo/context.json", help="system prompt, or a .json file of messages: what the adapter was trained with")
-    parser.add_argument("--llm", default="weights/smollm2-135m-instruct", help="Hugging Face folder")
-    parser.add_argument("--whisper", default="weights/whisper-tiny.en", help="Hugging Face folder")
-    parser.add_argument("--adapter", default="out/demo/adapter", help="folder written by train.py, or the released one")
-    parser.add_argument("--precision", choices=("fast", "official"), default="fast", help="official: Whisper and Q-Former in float32")
-    parser.add_argument("--long_audio", choices=("cut", "split"), help="beyond the adapter's window: lost, or heard too (default: as trained)")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    args = parser.parse_args()
-    load_audio(audio_file(args.audio), max_seconds=1)  # a wrong path should not cost the loading of the weights
-    audio_dtype = torch.float32 if args.precision == "official" else None
-    model = DeSTA.from_pretrained(args.llm, args.whisper, args.adapter, audio_dtype=audio_dtype, long_audio=args.long_audio)
-    audio = {"audio": args.audio, "text": None}
-    question = {"role": "user", "content": f"{AUDIO}\n\n{args.prompt}", "audios": [audio]}
-    print(model.generate([*opening(args.system), question], args.max_new_tokens, args.temperature, args.top_p)[0])
+    s = run.parse_settings(Settings, __doc__)
+    fast.textbook = bool(s.textbook)
+    load_audio(audio_file(s.audio), max_seconds=1)  # a wrong path should not cost loading weights
+    model = load_to_ask(s)
+    context, limit = model.config.context, model.config.max_answer_tokens
+    if s.system or context is None:
+        context = read_context(s.system or GENERATE_DATA["system"]["paper"])
+    limit = next(n for n in (s.max_new_tokens, limit, 512) if n > 0)
+
+    def ask(messages):
+        """-> the conversation with its transcripts and the model's answer"""
+        messages = model.with_transcripts([messages])[0]
+        if s.verbose:
+            for audio in audios_of(messages):
+                print(f"transcript of {audio['audio']}: {audio['text']!r}")
+            in_words = [{"role": m["role"], "content": m["content"]} for m in messages]
+            print(model.tokenizer.apply_chat_template(in_words))
+        answer = model.generate(messages, limit, s.temperature, s.top_p)[0]
+        print(answer)
+        return [*messages, {"role": "assistant", "content": answer}]
+
+    new_clips = [s.audio]
+    turn = lambda text: {
+        "role": "user",
+        "content": AUDIO * len(new_clips) + "\n\n" * bool(new_clips) + text,
+        "audios": [{"audio": clip, "text": None} for clip in new_clips],
+    }
+    if s.prompt:
+        ask([*context, turn(s.prompt)])
+        return
+    print(f"Ask about {s.audio}. /audio FILE adds a clip, Ctrl-D ends.")
+    messages = context
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        try:
+            if text.startswith("/audio "):
+                load_audio(audio_file(text.removeprefix("/audio ").strip()), max_seconds=1)
+                new_clips.append(text.removeprefix("/audio ").strip())
+            elif text:
+                messages = ask([*messages, turn(text.replace(AUDIO, ""))])
+                new_clips = []
+        except (OSError, ValueError) as error:  # a wrong path does not end the conversation
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    run.main(main)

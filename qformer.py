@@ -1,11 +1,18 @@
 """
-qformer.py: the adapter, the only part of DeSTA2.5-Audio that learns (paper section 3; 131.5M parameters at full size).
+qformer.py: the adapter, the only part of DeSTA2.5-Audio that learns (paper section 3; 131.5M
+parameters at full size).
 
-A few learned queries per encoder tap look at that tap's 1500 audio frames through cross-attention and come out as 64 vectors
-that the LLM reads like token embeddings. The layers are BERT's, used as a decoder: self-attention among the queries
-(bidirectional: queries have no order), cross-attention to the audio, feed-forward, each followed by its LayerNorm.
+A few learned queries per encoder tap look at that tap's 1500 audio frames through cross-attention
+and come out as 64 vectors, which the LLM reads like token embeddings. The layers are BERT's, used
+as a decoder: self-attention among the queries (bidirectional: queries have no order),
+cross-attention to the audio, feed-forward, each followed by its LayerNorm.
 
-Attribute names spell the official checkpoint: "perception.connector." + a name of this module's state_dict.
+Attribute names spell the official checkpoint: "perception.connector." + a name of this module's
+state_dict.
+
+What the rest of the code needs of an adapter is forward(taps), n_vectors, fit(…), state_to_save().
+Another one, an MLP say, needs these four and a line in DeSTA.from_pretrained
+(tests/test_adapter_seam.py trains one).
 """
 
 from dataclasses import dataclass
@@ -13,6 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from engine import fast
+from engine.attention import attend
 
 
 @dataclass
@@ -24,7 +34,7 @@ class QFormerConfig:
     n_queries: int = 64  # per tap, and after mixing
     n_taps: int = 4
     d_ff: int = 3072  # BERT-base's, whatever the width: the official code never sets it
-    dropout: float = 0.1  # on attention probabilities and on outputs
+    dropout: float = 0.1  # on attention weights and on outputs
 
 
 class Linear(nn.Linear):
@@ -41,103 +51,81 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-class Residual(nn.Module):
-    """BERT's "output": Linear, dropout, add, then LayerNorm (post-norm)."""
+class Output(nn.Module):
+    """How each part of a BERT layer ends: Linear, dropout, add the residual, then LayerNorm
+    (post-norm).
+    """
 
     def __init__(self, d_in, d_out, dropout):
         super().__init__()
-        self.dense, self.LayerNorm, self.dropout = Linear(d_in, d_out), LayerNorm(d_out, eps=1e-12), dropout
+        self.dense, self.LayerNorm = Linear(d_in, d_out), LayerNorm(d_out, eps=1e-12)
+        self.dropout = dropout
 
     def forward(self, x, residual):
         return self.LayerNorm(residual + F.dropout(self.dense(x), self.dropout, self.training))
 
 
 class Attention(nn.Module):
-    """Queries among themselves."""
+    """The queries look at one another, or, given audio frames, at these."""
 
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.dropout = c.n_heads, c.dropout
-        self.self = nn.ModuleDict({name: Linear(c.d_model, c.d_model) for name in ("query", "key", "value")})
-        self.output = Residual(c.d_model, c.d_model, c.dropout)
+        self.self = nn.ModuleDict(
+            {name: Linear(c.d_model, c.d_model) for name in ("query", "key", "value")}
+        )
+        self.output = Output(c.d_model, c.d_model, c.dropout)
 
-    def forward(self, x):
-        B, N, D = x.shape
-        q, k, v = (self.self[name](x).view(B, N, self.n_heads, -1).transpose(1, 2) for name in ("query", "key", "value"))  # (B, heads, N, head_dim)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # so few that fused attention is slower
-        weights = scores.softmax(-1)
-        out = F.dropout(weights, self.dropout, self.training) @ v
-        return self.output(out.transpose(1, 2).reshape(B, N, D), x)
+    def heads(self, x):
+        B, T, D = x.shape
+        return x.view(B, T, self.n_heads, D // self.n_heads).transpose(1, 2)  # (B, H, T, D/H)
 
-
-ONES = 8  # channels added to the frames: a one, which carries the biases, and zeros, because products want widths that 8 divides
-
-
-def with_ones(audio):
-    audio = F.pad(audio, (0, ONES))
-    audio[..., -ONES] = 1
-    return audio
-
-
-class CrossAttention(Attention):
-    """Queries of x (B, N, d_model) look at audio frames (B, T, d_model + ONES), see with_ones.
-
-    Keys and values of the frames are never made. Per head, q · (W a) = (Wᵀ q) · a, so the few queries go through W instead of the 1500
-    frames, and sum p (W a) = W (sum p a). Forward that is the same work when heads × N = d_model, as in the official model, and
-    less with fewer queries; backward it is less always, for the frames need no gradient. On a CPU it is 1.7 times as fast as
-    keys, values and fused attention (LOG.md).
-    """
-
-    def per_head(self, name, dtype):
-        """The weight with its bias as the column that meets the ones. shape = (n_heads, head_dim, d_model + ONES)"""
-        linear = self.self[name]
-        weight = F.pad(torch.cat([linear.weight, linear.bias[:, None]], dim=1), (0, ONES - 1))
-        return weight.view(self.n_heads, -1, weight.shape[1]).to(dtype)
-
-    def forward(self, x, audio):
-        B, N, D = x.shape
-        H, head_dim = self.n_heads, D // self.n_heads
-        q = self.self["query"](x).view(B * N, H, head_dim).transpose(0, 1) * head_dim**-0.5
-        q = q @ self.per_head("key", x.dtype)  # (H, B * N, D + ONES)
-        q = q.view(H, B, N, -1).transpose(0, 1).reshape(B, H * N, -1)
-        weights = (q @ audio.transpose(1, 2)).softmax(-1)  # (B, H * N, T)
-        weights = F.dropout(weights, self.dropout, self.training)
-        seen = (weights @ audio).view(B, H, N, -1).transpose(0, 1).reshape(H, B * N, -1)
-        out = seen @ self.per_head("value", x.dtype).transpose(1, 2)  # (H, B * N, head_dim)
-        return self.output(out.transpose(0, 1).reshape(B, N, D), x)
+    def forward(self, x, audio=None):
+        """x (B, N, D), audio (B, T, D) or None -> (B, N, D)"""
+        if audio is not None and fast.wanted(x):
+            return self.output(fast.cross_attention(self, x, audio), residual=x)
+        source = x if audio is None else audio
+        q = self.heads(self.self["query"](x))  # (B, H, N, D/H)
+        # (B, H, T, D/H)
+        k, v = self.heads(self.self["key"](source)), self.heads(self.self["value"](source))
+        seen = attend(q, k, v, dropout=self.dropout if self.training else 0.0)  # (B, H, N, D/H)
+        return self.output(seen.transpose(1, 2).reshape(x.shape), residual=x)
 
 
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention, self.crossattention = Attention(c), CrossAttention(c)
+        self.attention, self.crossattention = Attention(c), Attention(c)
         self.intermediate = nn.ModuleDict({"dense": Linear(c.d_model, c.d_ff)})
-        self.output = Residual(c.d_ff, c.d_model, c.dropout)
+        self.output = Output(c.d_ff, c.d_model, c.dropout)
 
     def forward(self, x, audio):
         x = self.attention(x)
         x = self.crossattention(x, audio)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), residual=x)
 
 
 class QFormer(nn.Module):
-    """Encoder taps (B, n_taps, T, d_model) -> audio vectors (B, n_queries, d_llm), in the dtype of the input.
+    """Encoder taps (B, n_taps, T, d_model) -> audio vectors (B, n_vectors, d_llm), in the dtype of
+    the input.
 
-    Linear layers keep PyTorch's default initialisation, as the official code does (it never runs BERT's N(0, 0.02)).
+    Linear layers keep PyTorch's default initialisation, as the official code does (it never runs
+    BERT's N(0, 0.02)).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.n_vectors = c.n_queries
+        # Each tap has its own queries, all taps share the layers.
         queries = [nn.Parameter(torch.randn(1, c.n_queries, c.d_model)) for _ in range(c.n_taps)]
-        self.layer_prompts = nn.ParameterList(queries)  # each tap has its own queries, all taps share the layers
+        self.layer_prompts = nn.ParameterList(queries)
         self.layer_weights = nn.Parameter(torch.zeros(c.n_queries, c.n_taps))
         self.qformer = nn.Module()
         self.qformer.layer = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         self.proj = nn.Sequential(LayerNorm(c.d_model, eps=1e-5), Linear(c.d_model, c.d_llm))
-        # Whisper's middle states have a few huge channels that drown the others in keys and values. With these set
-        # (see `standardize`) each channel is brought to mean 0 and deviation 1 first. Buffers, not weights:
-        # official_state_dict folds them into the key and value layers, so the file format stays the official one.
+        # Buffers, not weights: state_to_save folds them into the key and value layers, so the file
+        # stays the official one.
         self.register_buffer("tap_mean", torch.zeros(c.d_model), persistent=False)
         self.register_buffer("tap_std", torch.ones(c.d_model), persistent=False)
 
@@ -146,8 +134,8 @@ class QFormer(nn.Module):
         c = self.config
         assert (n_taps, D) == (c.n_taps, c.d_model), f"taps {tuple(taps.shape)} for {c}"
         dtype = taps.dtype
-        audio = with_ones(((taps - self.tap_mean.to(dtype)) / self.tap_std.to(dtype)).view(B * n_taps, T, D))
         # All taps in one batch of B * n_taps, not one call per tap.
+        audio = ((taps - self.tap_mean.to(dtype)) / self.tap_std.to(dtype)).view(B * n_taps, T, D)
         queries = torch.cat(list(self.layer_prompts)).to(dtype)  # (n_taps, n_queries, D)
         x = queries.repeat(B, 1, 1)  # (B * n_taps, n_queries, D), taps fastest as in `audio`
         for layer in self.qformer.layer:
@@ -158,26 +146,28 @@ class QFormer(nn.Module):
         return self.proj(x)
 
     @torch.no_grad()
-    def standardize(self, mean, std):
-        """Set the per-channel statistics (d_model,) of the taps."""
+    def fit(self, mean, std, table):
+        """Fit a fresh Q-Former to its neighbours, so that it learns faster (LOG.md, "learning to
+        hear"). Not in the paper.
+
+        mean, std (d_model,): of each channel of the taps. Whisper's middle states have a few huge
+        channels that drown the others in keys and values; from now on each is brought to mean 0 and
+        deviation 1. table (vocab_size, d_llm): the LLM's token embeddings. The vectors get their
+        mean and principal directions: what the LLM reads looks like text to it from the start.
+        """
         self.tap_mean.copy_(mean)
         self.tap_std.copy_(std)
-
-    @torch.no_grad()
-    def match_embeddings(self, table):
-        """Spread a fresh Q-Former's vectors like the LLM's token embeddings: same mean, same principal directions.
-
-        table (vocab_size, d_llm). What the LLM reads then looks like text to it from the start, and it learns faster (LOG.md).
-        """
-        # proj's LayerNorm hands on channels of unit variance, so each column of the weight sets the spread along one direction.
-        variance, directions = torch.linalg.eigh(torch.cov(table.float().T))  # (d_llm,) ascending, (d_llm, d_llm)
-        spread = (directions * variance.clamp(min=0).sqrt()).flip(1)[:, : self.config.d_model]  # (d_llm, at most d_model)
+        # proj's LayerNorm hands on channels of unit variance, so each column of its Linear sets the
+        # spread along one direction. (d_llm,) ascending, (d_llm, d_llm)
+        variance, directions = torch.linalg.eigh(torch.cov(table.float().T))
+        # (d_llm, at most d_model)
+        spread = (directions * variance.clamp(min=0).sqrt()).flip(1)[:, : self.config.d_model]
         self.proj[1].weight.zero_()[:, : spread.shape[1]] = spread
         self.proj[1].bias.copy_(table.float().mean(0))
 
-    def official_state_dict(self):
-        """state_dict in which (x - mean) / std is part of the cross-attention's keys and values:
-        W (x - m) / s + b  =  (W / s) x + (b - W m / s)."""
+    def state_to_save(self):
+        """{official name: tensor}, with (x - mean) / std made part of the cross-attention's keys
+        and values: W (x - m) / s + b  =  (W / s) x + (b - W m / s)."""
         state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         for i in range(self.config.n_layers):
             for part in ("key", "value"):

@@ -36,7 +36,7 @@ CLIP_SECONDS = 30                               # → 480,000 samples → 3,000 
 
 # ---------------------------------------------------------------------------------------------------------------- audio
 
-def load_audio(path, max_seconds=None):
+def load_audio(path, max_seconds=None, warn=None):
     """Read a sound file (wav, flac, ogg, mp3, …; any rate, any number of channels) as mono at 16 kHz.
     max_seconds: read no more than this much from the start of the file; the result is the start of the full result, to the sample.
     Returns float32, shape = (n_samples,). Raises FileNotFoundError or ValueError in one line that names the file and the remedy."""

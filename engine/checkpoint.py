@@ -7,13 +7,15 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-# -- files -----------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -119,3 +121,78 @@ def file_hash(folder):
             while block := stream.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+# -- a run's state -------------------------------------------------------------------
+
+
+def save(out, model, optimizer, step, record, keep):
+    """OUT/checkpoints/step_N/ with the adapter and all that resuming needs; OUT/adapter is the
+    newest adapter.
+
+    record: settings, and hashes and sizes of what resuming must find unchanged. keep: checkpoints
+    that stay.
+    """
+    folder = Path(out) / "checkpoints" / f"step_{step:08d}"
+    temporary = folder.with_name("writing.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_adapter(temporary / "adapter")
+    state = {f"buffer.{name}": buffer for name, buffer in model.adapter.named_buffers()}
+    for name, parameter in model.trained().items():
+        state[f"weight.{name}"] = parameter.detach()
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    save_tensors(temporary / "trainer.safetensors", state)
+    write_record(temporary / "trainer.json", {"step": step} | record)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    model.save_adapter(Path(out) / "adapter")
+    drop_old(out, keep)
+
+
+def drop_old(out, keep):
+    """All but the newest checkpoints; when a run goes on, also what a kill left half deleted."""
+    for old in sorted((Path(out) / "checkpoints").glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load(out, model, optimizer, record, defaults, free):
+    """Continue from the newest checkpoint under OUT that is whole, if there is one. -> the step to
+    go on with
+
+    record: as in save. defaults: of settings that are newer than the checkpoint. free: settings
+    that may differ.
+    """
+    folders = sorted((Path(out) / "checkpoints").glob("step_*"))
+    if not folders:
+        return 0
+    while folders:
+        try:
+            state = load_tensors(folders[-1] / "trainer.safetensors")
+            saved = read_record(folders[-1] / "trainer.json")
+            break
+        except (OSError, ValueError) as error:
+            damaged = folders.pop()
+            print(f"{damaged} is damaged and set aside ({error})", file=sys.stderr)
+            with contextlib.suppress(OSError):  # another rank was first
+                damaged.rename(damaged.with_name(f"damaged_{damaged.name}"))
+    else:
+        raise ValueError(f"no checkpoint in {damaged.parent} is whole: delete {out} to begin anew")
+    before = defaults | saved["settings"]
+    changed = [k for k, v in record["settings"].items() if k not in free and before[k] != v]
+    if changed:
+        other = f"{folders[-1]} was made with another {', '.join(changed)}"
+        raise ValueError(f"{other}: give the same settings, or another --out")
+    now, then = record["made_from"] or {}, saved.get("made_from") or {}
+    if changed := [key for key in then if key in now and now[key] != then[key]]:
+        other = f"{folders[-1]} was made with another {', '.join(changed)}"
+        raise ValueError(f"{other}: put back what was there, or give another --out")
+    for name, buffer in model.adapter.named_buffers():
+        buffer.copy_(state[f"buffer.{name}"])
+    for name, parameter in model.trained().items():
+        parameter.data.copy_(state[f"weight.{name}"])
+        if f"step.{name}" in state:  # not so before the first step that was not skipped
+            # All on the parameter's device: the fused AdamW refuses a step count that is elsewhere.
+            kept = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {key: tensor.to(parameter.device) for key, tensor in kept.items()}
+            optimizer.state[parameter] = moments
+    return saved["step"]

@@ -145,6 +145,26 @@ def row_starts(file):
         return index[:-2]
 
 
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff")
+
+
+def audio_file(path, root=None):
+    """root/path, or where nothing is there, the one file that differs from it in its extension.
+
+    (Data sets say .flac of what is .wav on disk.) root: the folder that the path starts from and
+    must stay in (ValueError), for it comes out of a data file; None: any path will do.
+    """
+    file = Path(root or ".") / path
+    inside = root is None or Path(os.path.abspath(file)).is_relative_to(os.path.abspath(root))
+    if not inside:
+        remedy = "give a root that holds it (/ holds all absolute paths)"
+        raise ValueError(f"{path} lies outside the audio root {root}: {remedy}")
+    if file.exists() or not file.name:
+        return file
+    others = [other for suffix in SUFFIXES if (other := file.with_suffix(suffix)).exists()]
+    return others[0] if len(others) == 1 else file
+
+
 # -- the order of training -------------------------------------------------------------------------
 
 

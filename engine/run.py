@@ -6,33 +6,43 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
+import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# -- settings and command line ---------------------------------------------------------------------
+from engine.checkpoint import write_text, writing
+
+# -- settings and command line -------------------------------------------------------------------
 
 
-def setting(default, help, low=0, high=10**9):
-    """A field of a script's settings dataclass: what --help prints, and a number's range.
+def setting(default, help, low=0, high=10**9, choices=None):
+    """A field of a script's settings dataclass: what --help prints, and a number's range or
+    choices.
 
     default: a value, or of a setting that recipes.py knows one for each recipe, {"demo": …,
     "paper": …}. A default of -1 ("off", "all") is allowed whatever the range.
     """
     values = default if isinstance(default, dict) else {"": default}
-    metadata = {"help": help, "range": (low, high), "values": values}
+    metadata = {"help": help, "range": (low, high), "values": values, "choices": choices}
     return dataclasses.field(default=next(iter(values.values())), metadata=metadata)
 
 
 def argument(help):
     """A field that is given without a --name, like the file of `python model.py clip.wav`."""
-    return dataclasses.field(metadata={"help": help, "range": (0, 0), "values": {}})
+    return dataclasses.field(
+        metadata={"help": help, "range": (0, 0), "values": {}, "choices": None}
+    )
 
 
 def parse_settings(cls, description, argv=None):
@@ -70,32 +80,22 @@ def parse_settings(cls, description, argv=None):
         known = max((field.metadata["values"] for field in fields.values()), key=len)
         if recipe not in known:
             parser.error(f"argument --recipe: {recipe!r} is none of {', '.join(known)}")
-        defaults |= {
-            n: f.metadata["values"][recipe]
-            for n, f in fields.items()
-            if recipe in f.metadata["values"]
-        }
-        defaults["recipe"] = recipe
+        for name, field in fields.items():
+            defaults[name] = field.metadata["values"].get(recipe, defaults[name])
     for name, value in given.items():
-        low, high = fields[name].metadata["range"]
-        in_range = (
-            isinstance(value, str) or value == defaults[name] or low <= value <= high
-        )  # NaN is in no range
-        if not in_range:
+        (low, high), choices = fields[name].metadata["range"], fields[name].metadata["choices"]
+        is_number = not isinstance(value, str) and value != defaults[name]
+        if is_number and not low <= value <= high:  # NaN is in no range
             parser.error(f"argument --{name}: {value} is not between {low} and {high}")
+        if choices and value not in choices:
+            names = ", ".join(filter(None, choices))
+            parser.error(f"argument --{name}: {value!r} is none of {names}")
     settings = cls(**defaults | given)
     settings.given = frozenset(given)
-    changed = {
-        name: value
-        for name, value in given.items()
-        if value != fields[name].default or name == "recipe"
-    }
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            "settings:",
-            ", ".join(f"{name}={value!r}" for name, value in changed.items()),
-            file=sys.stderr,
-        )
+    answers_a_question = any(not field.metadata["values"] for field in fields.values())
+    told = [f"{n}={v!r}" for n, v in given.items() if v != fields[n].default]
+    if told and not answers_a_question and int(os.environ.get("RANK", 0)) == 0:
+        print("settings:", ", ".join(told), file=sys.stderr)
     return settings
 
 
@@ -122,7 +122,7 @@ def description(settings):
     }
 
 
-# -- errors, warnings, signals ---------------------------------------------------------------------
+# -- errors, warnings, signals -------------------------------------------------------------------
 
 
 def fail(error):
@@ -203,6 +203,12 @@ def signals_wait():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
 
 
+@functools.cache
+def warn(text):
+    """Once for each text."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 class Tally:
     """Counts what happens to many rows. Names the first three, and `close` tells the total over all
     ranks: no flood of lines.
@@ -225,7 +231,104 @@ class Tally:
         return total
 
 
-# -- processes -------------------------------------------------------------------------------------
+class Log:
+    """log.jsonl, one line a record, the same line on the screen, and a progress bar. Rank 0 writes;
+    all may call.
+
+    When a run goes on, what a killed one logged after its last checkpoint goes.
+    """
+
+    def __init__(self, file, first_step, last_step, rank):
+        self.file, self.rank = file, rank
+        if rank == 0:
+            lines = file.read_text().splitlines() if first_step and file.exists() else []
+            # a full disk may have torn a line
+            whole = [line for line in lines if line.endswith("}")]
+            write_text(
+                file,
+                "".join(line + "\n" for line in whole if json.loads(line)["step"] <= first_step),
+            )
+        self.bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            disable=rank > 0,
+            mininterval=5,
+        )
+
+    def __call__(self, record):
+        if self.rank:
+            return
+        # JSON has no NaN
+        record = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in record.items()}
+        with writing(self.file), open(self.file, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.bar.update(record["step"] - self.bar.n)
+        self.bar.write(
+            "  ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+            )
+        )
+
+    def close(self):
+        self.bar.close()
+
+
+class Skipped:
+    """Steps whose loss or gradient was not finite: logged with their rows; ValueError when too many
+    come in a row.
+    """
+
+    def __init__(self, most, log, out):
+        self.most, self.log, self.out = most, log, out
+        self.n = self.in_a_row = 0
+
+    def check(self, step, loss, norm, batch):
+        """All ranks call it after each step. -> whether the step was skipped"""
+        if batch.n_rows and math.isfinite(loss + norm):
+            self.in_a_row = 0
+            return False
+        reason = f"loss {loss}, gradient norm {norm}"
+        if not batch.n_rows:
+            reason = "no row of the batch can be used"
+        names = gather([row["name"] for rows in batch.micro_batches for row in rows])
+        self.log({"step": step, "skipped": reason, "rows": names})
+        self.n, self.in_a_row = self.n + 1, self.in_a_row + 1
+        if self.in_a_row == self.most:
+            what = f"{self.most} steps in a row were skipped, at last step {step} ({reason})"
+            where = f"The checkpoints in {self.out} are from before; log.jsonl names the rows"
+            raise ValueError(f"{what}. {where}. Is --lr too high?")
+        return True
+
+
+def peak_memory(device):
+    """Bytes that this process held at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device, dtype):
+    """What the hardware can do in a second: data sheet for known GPUs, a measured matrix product
+    elsewhere.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L40": 181e12}
+        if match := [value for key, value in known.items() if key in name]:
+            return match[0]
+    n = 1024
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+# -- processes -------------------------------------------------------------------
 
 TIMEOUT = datetime.timedelta(
     minutes=30

@@ -6,8 +6,11 @@ on the meta device.
 import json
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 # The weights come from a file. To initialize them first, even on the meta device, would import 800
 # modules (sympy …): 1.3 s.
@@ -15,6 +18,16 @@ Linear, Embedding, Conv1d, LayerNorm = (
     type(c.__name__, (c,), {"reset_parameters": lambda self: None})
     for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.LayerNorm)
 )
+
+# Byte-level BPE files write each byte as one visible character: itself if printable in Latin-1,
+# else the next one from U+0100 on.
+VISIBLE = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+]
+BYTE_OF = {chr(byte): byte for byte in VISIBLE}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in VISIBLE)}
 
 MAKE_OR_FETCH = "make the demo's with `python demo/prepare.py`, or download a Hugging Face folder"
 
@@ -36,41 +49,32 @@ def check_fit(what, found, wanted):
     """ValueError that lists every missing, unknown and misshapen tensor. found, wanted: {name:
     shape}
     """
-    shapes = [
-        f"{n} {list(s)}, expected {list(wanted[n])}"
-        for n, s in found.items()
-        if list(wanted.get(n, s)) != list(s)
+    misshapen = [
+        f"{name} {list(shape)}, expected {list(wanted[name])}"
+        for name, shape in found.items()
+        if name in wanted and list(wanted[name]) != list(shape)
     ]
     problems = {
         "missing": sorted(wanted.keys() - found),
         "unknown": sorted(found.keys() - wanted),
-        "wrong shape": shapes,
+        "wrong shape": misshapen,
     }
-    if any(problems.values()):
-        lists = "; ".join(
-            f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names
-        )
+    lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    if lists:
         raise ValueError(f"{what}. {lists}")
 
 
-def load_weights(
-    module, folder, dtype, device, prefix="", tied=(), place=lambda parameter, tensor: tensor
-):
-    """Fill `module`, which is on the meta device, from folder/model*.safetensors, tensor by tensor:
-    nothing exists twice.
+def load_weights(module, folder, dtype, device, prefix="", tied=()):
+    """Fill `module`, which is on the meta device, from folder/model*.safetensors.
 
-    prefix: what the files put before the module's names. tied: names in the files of tensors that
-    repeat another one. place(parameter, tensor): what becomes the parameter, by default the whole
-    tensor.
+    Tensor by tensor, so nothing exists twice. prefix: what the files put before the module's names.
+    tied: names in the files of tensors that repeat another one.
     Errors: FileNotFoundError; ValueError that names a damaged file, or all tensors that do not fit.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(read_json(index)["weight_map"].values()))
-        if index.exists()
-        else ["model.safetensors"]
-    )
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
     parameters = {prefix + name: p for name, p in module.named_parameters(remove_duplicate=False)}
     wanted = {name: p.shape for name, p in parameters.items() if name not in tied}
     found, loaded = {}, {}
@@ -81,10 +85,42 @@ def load_weights(
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in set(tensors.keys()) - set(tied):
                     found[name] = tensors.get_slice(name).get_shape()
-                    if list(wanted.get(name, ())) == found[name]:
+                    if name in wanted and list(wanted[name]) == found[name]:
                         tensor = tensors.get_tensor(name).to(dtype)
-                        loaded[name.removeprefix(prefix)] = place(parameters[name], tensor)
+                        loaded[name.removeprefix(prefix)] = own_shard(parameters[name], tensor)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): download or make it again") from None
     check_fit(f"{folder}: the weights do not fit config.json", found, wanted)
     module.load_state_dict(loaded, strict=False, assign=True)
+
+
+# -- one LLM shared out among GPUs -----------------------------------------------------------------
+
+
+def shard_blocks(llm, device):
+    """FSDP2: each process keeps its part of every block; all gather a block when its turn comes.
+
+    So all processes must run hidden_states, and its backward pass, equally often. Embeddings and
+    head stay whole.
+    """
+    # here: it takes half as long to import as torch
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for block in llm.model.layers:
+        fully_shard(block, mesh=mesh)
+    whole = {llm.model.embed_tokens.weight, llm.model.norm.weight, llm.lm_head.weight}
+    fully_shard(llm, mesh=mesh, ignored_params=whole)
+    # the root's: the next block is gathered while this one computes
+    register_fsdp_forward_method(llm, "hidden_states")
+    llm.sharded = True
+
+
+def own_shard(parameter, tensor):
+    """What this process keeps of a whole tensor: all of it, where the parameter is not sharded."""
+    if not hasattr(parameter, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

@@ -211,7 +211,8 @@ def torchrun(n_processes, *command):
 def in_float32():
     """Scripts run in this process compute in float32, as under tests/in_float32.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.compute_dtype", lambda device: torch.float32)
+        for place in ("engine.run.compute_dtype", "model.compute_dtype"):
+            patch.setattr(place, lambda device: torch.float32)
         yield
 
 

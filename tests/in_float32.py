@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model  # noqa: E402
+import engine.run  # noqa: E402
 
-model.compute_dtype = lambda device: torch.float32
+engine.run.compute_dtype = lambda device: torch.float32
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

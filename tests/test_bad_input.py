@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import evaluating, generating, one_line, training
 
-import common
+from engine import checkpoint, run
+from engine.rows import JsonLines
 import eval as eval_script
 import generate_data
 import train
@@ -229,7 +230,7 @@ def test_one_bad_clip_does_not_stop_an_evaluation(world, tmp_path):
 def test_any_bytes_are_rows_or_one_line(tmp_path_factory, data):
     (path := tmp_path_factory.getbasetemp() / "any.jsonl").write_bytes(data)
     try:
-        rows = common.JsonLines(path)
+        rows = JsonLines(path)
     except ValueError as error:
         assert "holds no rows" in str(error) and not any(len(line) > 1 for line in data.split(b"\n"))
         return
@@ -243,7 +244,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path_factory, data):
 def test_lines_too_long_or_too_deep(tmp_path):
     lines = [b'{"a": "' + b"x" * 50_000_000 + b'"}', b"[" * 200_000, b'{"a": ' + b"9" * 6000 + b"}", b'{"a": "\\ud83d"}', b'{"a": 1}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    rows = common.JsonLines(tmp_path / "a.jsonl")
+    rows = JsonLines(tmp_path / "a.jsonl")
     for i in range(4):
         with pytest.raises(ValueError, match=f"a.jsonl, row {i + 1} is"):
             rows[i]
@@ -396,7 +397,7 @@ def test_normalization_makes_no_special_token(tokenizer, monkeypatch):
 def test_paths_stay_in_the_audio_root(world, model, path, inside):
     row = json.loads(json.dumps(world.rows[0]))
     row["messages"][1]["audios"][0]["audio"] = path
-    calls = [lambda: model.prepare(row, world.data), lambda: model.generate(row["messages"], 2, root=world.data), lambda: audio_windows(path, world.data, 3)]
+    calls = [lambda: model.reader.prepare(row, world.data), lambda: model.generate(row["messages"], 2, root=world.data), lambda: audio_windows(path, world.data, 3)]
     for call in calls:
         if inside:
             call()
@@ -423,7 +424,7 @@ def test_settings_are_in_range_or_one_line(name, capsys):
     for field in dataclasses.fields(cls):
         for value in ABSURD:
             try:
-                found = getattr(common.parse_settings(cls, "", [f"--{field.name}={value}"]), field.name)
+                found = getattr(run.parse_settings(cls, "", [f"--{field.name}={value}"]), field.name)
                 low, high = field.metadata["range"]
                 assert isinstance(field.default, str) or low <= found <= high or found == field.default
                 capsys.readouterr()
@@ -580,10 +581,10 @@ def test_chat_templates_cannot_leave_the_sandbox(world, tmp_path, template):
 
 
 def test_lost_output_is_named(tmp_path):
-    """common.write_atomically names the file and keeps the old one, whatever part of the path is in the way."""
+    """checkpoint.write_atomically names the file and keeps the old one, whatever part of the path is in the way."""
     (tmp_path / "file").write_text("old")
     for path in (tmp_path / "file/below", tmp_path / ("x" * 300)):
         with pytest.raises(OSError, match=re.escape(str(path)[:60]) + ".* cannot be written"):
-            common.write_text(path, "new")
-    common.write_text(tmp_path / "file", "new")
+            checkpoint.write_text(path, "new")
+    checkpoint.write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]

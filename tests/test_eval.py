@@ -72,7 +72,7 @@ def test_losses_and_answers_are_those_of_the_model(straight, tiny_world, model):
         }
         fills = {"description": description_slot(model.tokenizer), "none": lambda audio: []}
         for slot, messages in conversations.items():
-            loss, count = model.row_losses([model.prepare(mine | {"messages": messages}, tiny_world.data, fills.get(slot))])
+            loss, count = model.row_losses([model.reader.prepare(mine | {"messages": messages}, tiny_world.data, fills.get(slot))])
             assert row["loss"][slot] == pytest.approx(loss.item(), rel=1e-4) and row["target_tokens"] == count.item(), f"{row['id']} {slot}"
         assert row["answers"] == {"text": mine["response"]} | {
             slot: model.generate(conversations[slot], 6, root=tiny_world.data)[0] for slot in ("right", "wrong")

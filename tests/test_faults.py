@@ -22,7 +22,8 @@ import torch
 from conftest import ROOT, flags, read_jsonl, script, start, write_jsonl
 from safetensors.torch import load_file, save_file
 
-import common
+from engine import checkpoint, run
+from engine.rows import JsonLines
 import train
 from llama import Llama
 from model import DeSTA
@@ -134,14 +135,14 @@ def poisoned(world, tmp_path_factory):
 
 
 def global_batches():
-    return [train.step_rows(step, 24, lambda rows: np.ones(len(rows)), 4, 1, 0) for step in range(6)]
+    return [step_rows(step, 24, lambda rows: np.ones(len(rows)), 4, 1, 0) for step in range(6)]
 
 
 def test_step_without_finite_loss_is_skipped_counted_and_named(world, poisoned, tmp_path):
     llm, spoil = poisoned
     batches = global_batches()
     row = batches[2][1]
-    weights = {name: common.file_hash(folder) for name, folder in (("llm", llm), ("whisper", world.whisper))}
+    weights = {name: checkpoint.file_hash(folder) for name, folder in (("llm", llm), ("whisper", world.whisper))}
     done = script(*training(world, tmp_path / "out", llm=llm, data=spoil(tmp_path / "a.jsonl", [row]), max_steps=6, eval_data="", standardize=0))
     assert done.status == 0 and "1 steps skipped" in done.out, done.err
     log = read_jsonl(tmp_path / "out/log.jsonl")
@@ -150,7 +151,7 @@ def test_step_without_finite_loss_is_skipped_counted_and_named(world, poisoned, 
     assert [record["step"] for record in log if record.get("loss") is not None] == [1, 2, 4, 5, 6]
     adapter = load_file(tmp_path / "out/adapter/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
-    assert {name: common.file_hash(folder) for name, folder in (("llm", llm), ("whisper", world.whisper))} == weights
+    assert {name: checkpoint.file_hash(folder) for name, folder in (("llm", llm), ("whisper", world.whisper))} == weights
 
 
 def test_training_gives_up_with_the_last_good_checkpoint_and_goes_on_when_mended(world, poisoned, tmp_path):
@@ -198,19 +199,19 @@ def damage(data, random):
 def test_every_damage_of_an_adapter_is_found(world, tmp_path):
     """Flip a bit or cut the end, 300 times: the adapter is refused with its file's name, or what is loaded is what was saved."""
     model = DeSTA.from_pretrained(world.llm, world.whisper, world.folder / "adapter", device="cpu")
-    before = {name: tensor.clone() for name, tensor in model.qformer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.adapter.state_dict().items()}
     refused = 0
     for n in range(300):
         name = ("model.safetensors", "config.json")[n % 10 == 0]
         shutil.copytree(world.folder / "adapter", tmp_path, dirs_exist_ok=True)
         (tmp_path / name).write_bytes(damage((world.folder / "adapter" / name).read_bytes(), random.Random(n)))
         try:
-            assert common.read_record(tmp_path / "config.json").get("audio_seconds") == 3 or name != "config.json"
+            assert checkpoint.read_record(tmp_path / "config.json").get("audio_seconds") == 3 or name != "config.json"
             model.load_adapter(tmp_path)
         except ValueError as error:
             assert name in str(error), n
             refused += 1
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.qformer.state_dict().items()), f"damage {n} went unnoticed"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.adapter.state_dict().items()), f"damage {n} went unnoticed"
     assert refused > 250
 
 
@@ -366,7 +367,7 @@ def test_full_disk(world, tmp_path, tmp_path_factory, name):
         assert len(kept) > 2, "the disk was too small for this test"
         if name == "train.py":
             for file in (disk / "checkpoints/step_00000002/trainer.safetensors", disk / "adapter/model.safetensors"):
-                assert common.load_tensors(file)
+                assert checkpoint.load_tensors(file)
         remount("size=100m")
         done = script(*command)
         assert done.status == 0 and (name != "train.py" or f"continuing {disk} at step 2" in done.out), done.err
@@ -495,7 +496,7 @@ def test_one_of_two_ranks_killed(world, tmp_path, name):
 def test_a_rank_that_hangs_is_given_up(world, tmp_path):
     """SIGSTOP: the process lives and answers nothing. With a time limit of 10 s instead of 30 minutes the other one ends the job."""
     (tmp_path / "impatient.py").write_text(
-        f"import sys, runpy, datetime; sys.path.insert(0, {str(ROOT)!r}); import common; common.TIMEOUT = datetime.timedelta(seconds=10)\n"
+        f"import sys, runpy, datetime; sys.path.insert(0, {str(ROOT)!r}); from engine import run; run.TIMEOUT = datetime.timedelta(seconds=10)\n"
         "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "impatient.py"]

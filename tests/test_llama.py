@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import llama
-from model import Packed
+from engine import attention, decode, fast
+from engine.fast import Packed
 
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
@@ -44,24 +45,33 @@ def test_attention_of_gpus_equals_attention_of_cpus(T, S, batch):
     """The kernels that a GPU takes, on the CPU: whole prompts, rows after a prefix, a ragged prefill, decoding. And their gradients."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 8, T, 16), torch.randn(3, 2, S, 16), torch.randn(3, 2, S, 16)
-    bias = llama.causal_bias(torch.arange(S - T, S).expand(batch, -1) - torch.arange(batch)[:, None], S, q.dtype) if batch else None
+    bias = attention.causal_bias(torch.arange(S - T, S).expand(batch, -1) - torch.arange(batch)[:, None], S, q.dtype) if batch else None
     results = []
-    for fused in (True, False):
+    for attend in (attention.attend, attention.products):  # in float32 the first is SDPA, on CPUs too
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = llama.attend(*inputs, bias, fused=fused)
+        out = attend(*inputs, causal=bias is None, bias=bias)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("T, S", [(5, 5), (1, 1), (1, 12)])
-def test_prefix_equals_keys_in_front_of_every_row(T, S, fused):
+def test_prefix_equals_keys_in_front_of_every_row(T, S):
     torch.manual_seed(0)
     q, k, v, old_k, old_v = torch.randn(3, 8, T, 16), *torch.randn(2, 3, 2, S, 16), *torch.randn(2, 1, 2, 7, 16)
-    bias = llama.causal_bias(torch.tensor([[S - 1], [3], [0]]), S, q.dtype) if T < S else None
-    whole = torch.nn.functional.pad(bias if T < S else llama.causal_bias(torch.arange(T)[None], S, q.dtype), (7, 0))
-    expected = llama.attend(q, torch.cat((old_k.expand(3, -1, -1, -1), k), 2), torch.cat((old_v.expand(3, -1, -1, -1), v), 2), whole, fused=False)
-    torch.testing.assert_close(llama.attend(q, k, v, bias, (old_k, old_v), fused), expected, atol=1e-5, rtol=1e-5)
+    bias = attention.causal_bias(torch.tensor([[S - 1], [3], [0]]), S, q.dtype) if T < S else None
+    whole = torch.nn.functional.pad(bias if T < S else attention.causal_bias(torch.arange(T)[None], S, q.dtype), (7, 0))
+    expected = attention.products(q, torch.cat((old_k.expand(3, -1, -1, -1), k), 2), torch.cat((old_v.expand(3, -1, -1, -1), v), 2), bias=whole)
+    torch.testing.assert_close(fast.attend_after_prefix(q, k, v, bias, (old_k, old_v)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T, S, H, G", [(1300, 700, 6, 6), (3, 9, 4, 2)])
+def test_attention_without_a_mask(T, S, H, G):
+    """Whisper's encoder and the Q-Former: everybody sees everything; on CPUs in parts of 500 queries."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, H, T, 16), torch.randn(2, G, S, 16), torch.randn(2, G, S, 16)
+    torch.testing.assert_close(attention.products(q, k, v), attention.attend(q, k, v), atol=1e-5, rtol=1e-5)
+    dropped = attention.products(q, k, v, dropout=0.5)
+    assert not torch.allclose(dropped, attention.products(q, k, v), atol=1e-2), "dropout does nothing"
 
 
 @torch.no_grad()
@@ -69,12 +79,12 @@ def test_packed_rows_equal_each_row_alone(pair):
     reference, ours, _ = pair
     rows = [torch.randint(1, 199, (1, n)) for n in (9, 4, 13)]
     for P in (0, 6):
-        prefix, start = llama.Prefix(), torch.randint(1, 199, (1, P))
+        prefix, start = fast.Prefix(), torch.randint(1, 199, (1, P))
         if P:
             ours.hidden_states(ours.embed(start), prefix)
         lengths = [row.shape[1] for row in rows]
         x, positions = ours.embed(torch.cat(rows, 1)), torch.cat([P + torch.arange(n) for n in lengths])[None]
-        logits = ours.lm_head(ours.hidden_states(x, Packed(lengths, prefix, x.dtype, x.device), positions))
+        logits = ours.lm_head(ours.hidden_states(x, Packed(lengths, prefix), positions))
         expected = torch.cat([reference(torch.cat((start, row), 1)).logits[:, P:] for row in rows], 1)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -164,8 +174,8 @@ def test_cached_equals_uncached(tmp_path):
 @torch.no_grad()
 def test_slots_grow_and_shrink_with_their_rows(tmp_path, monkeypatch):
     llm, rng, sizes = tiny(tmp_path), random.Random(0), []
-    fit = llama.KVCache.fit
-    monkeypatch.setattr(llama.KVCache, "fit", lambda cache, length: fit(cache, length) or sizes.append(cache.layers[-1][0].shape[2]))
+    fit = decode.KVCache.fit
+    monkeypatch.setattr(decode.KVCache, "fit", lambda cache, length: fit(cache, length) or sizes.append(cache.layers[-1][0].shape[2]))
     prompts = [[rng.randrange(199) for _ in range(n)] for n in (300, 60, 50, 20)]
     for prompt, answer in zip(prompts, llama.generate(llm, prompts, 90, batch_size=2)):
         ids = torch.tensor([prompt + answer])
@@ -190,7 +200,7 @@ def test_rows_do_not_depend_on_each_other(tmp_path, temperature, top_p):
 def test_embeddings_and_shared_prefix(tmp_path):
     llm = tiny(tmp_path)
     prompts = [[5, 6, 7, 8, 9] + p for p in random_prompts(6)]
-    assert llama.common_prefix([torch.tensor(p) for p in prompts]) >= 5
+    assert fast.common_prefix([torch.tensor(p) for p in prompts]) >= 5
     embedded = [llm.embed(torch.tensor(p)) for p in prompts]
     assert llama.generate(llm, embedded, 12) == llama.generate(llm, prompts, 12) == [llama.generate(llm, [p], 12)[0] for p in prompts]
     assert llama.generate(llm, [prompts[0]] * 3, 12) == [llama.generate(llm, [prompts[0]], 12)[0]] * 3  # all prefix but one token
@@ -199,7 +209,7 @@ def test_embeddings_and_shared_prefix(tmp_path):
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     uniform = (torch.arange(1000) + 0.5) / 1000
-    draw = lambda temperature, top_p: llama.sample(logits.expand(1000, -1), temperature, top_p, uniform).bincount(minlength=4).tolist()
+    draw = lambda temperature, top_p: decode.sample(logits.expand(1000, -1), temperature, top_p, uniform).bincount(minlength=4).tolist()
     assert draw(1.0, 1.0) == [500, 300, 150, 50]
     assert draw(0.0, 1.0) == [1000, 0, 0, 0]
     nucleus = draw(1.0, 0.75)  # the smallest set that holds 0.75: the first two, at 5 : 3

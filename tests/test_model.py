@@ -10,6 +10,7 @@ from conftest import flags, randomize, script
 from safetensors.torch import load_file, save_file
 from test_qformer import ReferenceQFormer
 
+from engine import fast
 from model import AUDIO_ID, MAX_TRANSCRIPT, DeSTA, audio_slot, build_prompt, description_slot
 from tokenizer import Tokenizer
 from whisper import load_audio
@@ -21,7 +22,7 @@ DELIMITED = "<start_audio><|AUDIO|><end_audio>"
 def load(world, **dtypes):
     torch.manual_seed(0)
     model = DeSTA.from_pretrained(world.llm, world.whisper, device="cpu", audio_seconds=3, n_layers=2, n_queries=5, **dtypes)
-    randomize(model.qformer)
+    randomize(model.adapter)
     return model
 
 
@@ -34,7 +35,7 @@ def model(tiny_world):
 @pytest.fixture
 def spare(model):
     """The same frozen parts with an adapter of its own, to be changed."""
-    return DeSTA(model.llm, model.tokenizer, model.whisper, copy.deepcopy(model.qformer), 3, model.llm_folder, model.whisper_folder).eval()
+    return DeSTA(copy.copy(model.config), model.llm, model.tokenizer, model.whisper, copy.deepcopy(model.adapter)).eval()
 
 
 def user(content, *audios):
@@ -108,7 +109,7 @@ def test_text_from_outside_cannot_inject_a_turn(tokenizer, model):
         ids = prompt(fill, **{where: attack})
         assert count(ids) == count(prompt(fill)) == [3, 2, 0], where
         assert attack in tokenizer.decode([i for i in ids if i != AUDIO_ID], skip_special_tokens=False), f"{where} must arrive unchanged"
-    target = model.prepare({"messages": [SYSTEM], "response": attack})["target"]
+    target = model.reader.prepare({"messages": [SYSTEM], "response": attack})["target"]
     assert target[-1] == tokenizer.eos_id and count(target) == [0, 1, 0]
 
 
@@ -166,10 +167,17 @@ class ReferenceDeSTA:
         return self.llm(inputs_embeds=x, attention_mask=visible, labels=labels).loss, vectors
 
 
-def test_loss_and_gradients_equal_the_reference_modules(model, tiny_world):
+def gradient(p):
+    """The fast path leaves the key biases out, for softmax does not see them: their gradient is 0."""
+    return torch.zeros_like(p) if p.grad is None else p.grad.clone()
+
+
+@pytest.mark.parametrize("path", ["textbook", "fast"])
+def test_loss_and_gradients_equal_the_reference_modules(path, model, tiny_world, monkeypatch):
+    monkeypatch.setattr(fast, "textbook", path == "textbook")
     rows, root = ragged_rows(), tiny_world.data
-    mels = [[model.mels(audio["audio"], root)[0] for message in row["messages"] for audio in message.get("audios", [])] for row in rows]
-    reference = ReferenceDeSTA(tiny_world, model.qformer)
+    mels = [[model.reader.mels(audio["audio"], root)[0] for message in row["messages"] for audio in message.get("audios", [])] for row in rows]
+    reference = ReferenceDeSTA(tiny_world, model.adapter)
     expected, vectors = reference.loss(rows, mels)
     close = dict(atol=1e-5, rtol=1e-5)
     ours = model.audio_vectors(torch.cat([torch.stack(m) for m in mels if m]))
@@ -180,13 +188,13 @@ def test_loss_and_gradients_equal_the_reference_modules(model, tiny_world):
                                    msg=lambda m, i=i: f"row {i} alone differs: {m}")  # fmt: skip
     loss = model.loss(rows, root=root)
     torch.testing.assert_close(loss, expected, **close, msg=lambda m: f"each row alone agrees, the batch differs: {m}")
-    model.qformer.zero_grad()
+    model.adapter.zero_grad()
     loss.backward()
     expected.backward()
     gradients = {name: p.grad for name, p in reference.qformer.named_parameters()}
     scale = torch.stack([g.norm() for g in gradients.values()]).max()
-    for name, p in reversed(list(model.qformer.named_parameters())):  # from the loss backwards: the first difference is where it begins
-        error = (p.grad - gradients[name]).norm()
+    for name, p in reversed(list(model.adapter.named_parameters())):  # from the loss backwards: the first difference is where it begins
+        error = (gradient(p) - gradients[name]).norm()
         assert error < 1e-4 * gradients[name].norm() + 1e-7 * scale, f"the gradient of {name} is the first to differ: {error:.1e}"
     assert gradients["proj.1.weight"].any() and gradients["layer_prompts.0"].any() and gradients["layer_weights"].any()
     assert all(p.grad is None for part in (model.llm, model.whisper) for p in part.parameters())
@@ -198,15 +206,15 @@ def reference_without_audio(reference, row):
 
 
 def gradients_of(model, loss):
-    model.qformer.zero_grad()
+    model.adapter.zero_grad()
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.qformer.parameters()])
+    return torch.cat([gradient(p).flatten() for p in model.adapter.parameters()])
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[3, 0], [2, 1]], [[2], [1, 0, 3]], [[0, 2], [1, 3]]])
 def test_loss_does_not_depend_on_the_batch(model, tiny_world, split):
     """However rows are put together (with the padding and the shared beginnings that follow from it), the global token mean is the same."""
-    rows = [model.prepare(row, tiny_world.data) for row in ragged_rows()]
+    rows = [model.reader.prepare(row, tiny_world.data) for row in ragged_rows()]
     n = sum(len(row["target"]) for row in rows)
     one_by_one = [model.loss([row]) * len(row["target"]) for row in rows]
     expected = sum(one_by_one) / n
@@ -224,7 +232,7 @@ def test_right_clip_wrong_clip_and_no_clip_differ(model, tiny_world):
     other = copy.deepcopy(row)
     other["messages"][1]["audios"][0]["audio"] = "clips/02.wav"
     losses = [model.loss([r], root=tiny_world.data).item() for r in (row, other)]
-    losses.append(model.row_losses([model.prepare(row, tiny_world.data, fill=lambda audio: [])])[0].item())
+    losses.append(model.row_losses([model.reader.prepare(row, tiny_world.data, fill=lambda audio: [])])[0].item())
     assert len({round(loss, 3) for loss in losses}) == 3
 
 
@@ -234,13 +242,13 @@ def test_audio_id_never_reaches_the_embedding_table(model, tiny_world, monkeypat
     monkeypatch.setattr(model, "audio_vectors", lambda mels: vectors)
     seen, embed = [], model.llm.embed
     monkeypatch.setattr(model.llm, "embed", lambda ids: seen.append(ids) or embed(ids))
-    x = model.embed(ids, torch.zeros(1))
+    x = model.embed(ids, [torch.zeros(1)])
     assert torch.equal(x[:, 1:6], vectors) and torch.equal(x[0, [0, 6]], embed(torch.tensor([5, 6])))
     model.loss(ragged_rows()[:1], root=tiny_world.data)
     model.generate(ragged_rows()[0]["messages"], 2, root=tiny_world.data)
     assert len(seen) >= 4 and all(ids.min() >= 0 for ids in seen)
     with pytest.raises(AssertionError, match="slots and clips"):
-        model.embed(ids[:, 1:], torch.zeros(1)), model.embed(ids[:, :5], torch.zeros(1))
+        model.embed(ids[:, 1:], [torch.zeros(1)]), model.embed(ids[:, :5], [torch.zeros(1)])
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ def test_missing_transcript_is_written_by_whisper(model, tiny_world):
         silent[turn]["audios"][0]["text"], spoken[turn]["audios"][0]["text"] = None, text
     assert texts[0] != texts[1]
     given, empty = copy.deepcopy(silent), [user("<|AUDIO|>", (3, ""))]  # "": somebody knows that nothing is said
-    assert model._with_transcripts([empty, silent], tiny_world.data) == [empty, spoken]
+    assert model.with_transcripts([empty, silent], tiny_world.data) == [empty, spoken]
     assert model.generate(silent, 12, root=tiny_world.data) == model.generate(spoken, 12, root=tiny_world.data)
     assert silent == given, "the caller's messages must stay as they were"
 
@@ -295,10 +303,10 @@ def test_precisions(model, tiny_world):
     exact, loss = model.audio_vectors(mel), model.loss(ragged_rows(), root=tiny_world.data)
     vectors = official.audio_vectors(mel)
     assert vectors.dtype == torch.float32 and torch.equal(vectors, exact)
-    fast = load(tiny_world, dtype=torch.bfloat16)
-    assert fast.audio_vectors(mel).dtype == torch.bfloat16 and not torch.equal(fast.audio_vectors(mel).float(), exact)
-    for half in (official, fast):
-        assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.qformer.parameters()} == {torch.float32}
+    low = load(tiny_world, dtype=torch.bfloat16)
+    assert low.audio_vectors(mel).dtype == torch.bfloat16 and not torch.equal(low.audio_vectors(mel).float(), exact)
+    for half in (official, low):
+        assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {p.dtype for p in half.adapter.parameters()} == {torch.float32}
         assert abs(half.loss(ragged_rows(), root=tiny_world.data) - loss) < 0.02 * loss
         assert len(half.generate(conversations(), 4, root=tiny_world.data)) == 4
 
@@ -308,17 +316,19 @@ def test_precisions(model, tiny_world):
 
 def test_adapter_round_trip(spare, tiny_world, tmp_path):
     model = spare
-    model.qformer.standardize(torch.randn(64), torch.rand(64) + 0.5)
+    model.adapter.tap_mean.normal_(), model.adapter.tap_std.uniform_(0.5, 1.5)
+    model.config.context, model.config.max_answer_tokens = [SYSTEM], 40
     model.save_adapter(tmp_path / "a")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
-    assert load_file(tmp_path / "a/model.safetensors").keys() == {"perception.connector." + name for name in model.qformer.state_dict()}
+    assert load_file(tmp_path / "a/model.safetensors").keys() == {"perception.connector." + name for name in model.adapter.state_dict()}
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config.pop("placeholder_token") and len(config.pop("sha256")) == 64 and config == {
         "llm_model_id": str(tiny_world.llm), "encoder_model_id": str(tiny_world.whisper), "connector_mode": "qformer_1",
         "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut", "use_lora": False, "lora_rank": 0,
+        "context": [SYSTEM], "max_answer_tokens": 40,
     }  # fmt: skip
     again = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "a", dtype=torch.float32, device="cpu")
-    assert again.audio_seconds == 3 and again.qformer.config == model.qformer.config
+    assert again.config == model.config and again.adapter.config == model.adapter.config
     torch.testing.assert_close(again.loss(ragged_rows(), root=tiny_world.data), model.loss(ragged_rows(), root=tiny_world.data), atol=1e-5, rtol=1e-5)
     again.save_adapter(tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
@@ -330,18 +340,18 @@ NAME = "perception.connector.qformer.layer.1.crossattention.self.key.weight"
 
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop(NAME), "missing: " + NAME.removeprefix("perception.connector.")),
-    (lambda state: state.update({NAME: torch.zeros(64, 63)}), r"layer.1.crossattention.self.key.weight \(64, 63\), expected \(64, 64\)"),
+    (lambda state: state.update({NAME: torch.zeros(64, 63)}), r"layer.1.crossattention.self.key.weight \[64, 63\], expected \[64, 64\]"),
     (lambda state: state.update({"perception.connector.extra": torch.zeros(1)}), "unknown: extra"),
 ])  # fmt: skip
 def test_adapters_that_do_not_fit_are_named(spare, tmp_path, change, message):
     spare.save_adapter(tmp_path)
-    before = {name: tensor.clone() for name, tensor in spare.qformer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in spare.adapter.state_dict().items()}
     state = load_file(tmp_path / "model.safetensors")
     change(state)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors does not fit .*{message}"):
         spare.load_adapter(tmp_path)
-    assert all(torch.equal(before[name], tensor) for name, tensor in spare.qformer.state_dict().items()), "half-loaded"
+    assert all(torch.equal(before[name], tensor) for name, tensor in spare.adapter.state_dict().items()), "half-loaded"
 
 
 def test_adapter_folders_that_are_missing_or_damaged(spare, tiny_world, tmp_path):

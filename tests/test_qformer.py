@@ -7,6 +7,8 @@ import transformers
 from conftest import randomize
 from transformers.models.bert.modeling_bert import BertEncoder
 
+from engine import fast
+from engine.attention import attend
 from qformer import QFormer, QFormerConfig
 
 TINY = QFormerConfig(d_model=64, n_heads=4, d_llm=48, n_layers=3, n_queries=5, d_ff=96)
@@ -45,8 +47,15 @@ def outputs_by_name(module, names, run):
     return seen | {"": [result]}
 
 
+@pytest.fixture(params=["textbook", "fast"])
+def path(request, monkeypatch):
+    """Both forms of the cross-attention: the one that GPUs run, and the one that CPUs run."""
+    monkeypatch.setattr(fast, "textbook", request.param == "textbook")
+    return request.param
+
+
 @torch.no_grad()
-def test_equals_bert_layer_by_layer():
+def test_equals_bert_layer_by_layer(path):
     torch.manual_seed(0)
     ours, reference = randomize(QFormer(TINY)), ReferenceQFormer(TINY).eval()
     reference.load_state_dict(ours.state_dict())  # strict: the same names and shapes
@@ -96,16 +105,16 @@ def test_standardized_taps_are_folded_into_the_official_file():
     mean, std = torch.randn(64) * 2, torch.rand(64) * 3 + 0.3
     taps = torch.randn(2, 4, 30, 64) * std + mean
     plain = ours(taps)
-    ours.standardize(mean, std)
+    ours.tap_mean.copy_(mean), ours.tap_std.copy_(std)
     expected = ours(taps)
     assert (expected - plain).abs().max() > 0.1, "standardizing made no difference: this test shows nothing"
-    folded.load_state_dict(ours.official_state_dict())
+    folded.load_state_dict(ours.state_to_save())
     torch.testing.assert_close(folded(taps), expected, atol=1e-5, rtol=1e-5)
-    ours.standardize(torch.zeros(64), torch.ones(64))
-    assert torch.equal(ours(taps), plain), "official_state_dict must leave the weights being trained alone"
+    ours.tap_mean.zero_(), ours.tap_std.fill_(1)
+    assert torch.equal(ours(taps), plain), "state_to_save must leave the weights being trained alone"
 
 
-def test_bf16_in_bf16_out_with_float32_gradients():
+def test_bf16_in_bf16_out_with_float32_gradients(path):
     torch.manual_seed(0)
     adapter = randomize(QFormer(TINY))
     taps = torch.randn(2, 4, 30, 64)
@@ -114,23 +123,51 @@ def test_bf16_in_bf16_out_with_float32_gradients():
     assert out.dtype == torch.bfloat16 and out.shape == (2, 5, 48)
     assert (out.float() - adapter(taps)).norm() / out.float().norm() < 0.05
     for name, p in adapter.named_parameters():  # softmax over keys cannot see a key bias: that gradient is rounding noise
-        assert p.dtype == p.grad.dtype == torch.float32 and (p.grad.any() or "key.bias" in name), name
+        assert p.dtype == torch.float32
+        assert "key.bias" in name or p.grad.dtype == torch.float32 and p.grad.any(), name
 
 
-def test_dropout(monkeypatch):
-    """In training only: on each of the three outputs of a layer, and on the probabilities of both attentions."""
+def test_dropout(path, monkeypatch):
+    """In training only: on each of the three outputs of a layer, and on the weights of both attentions."""
     torch.manual_seed(0)
     adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=48, n_layers=2, n_queries=5))
-    taps, rates = torch.randn(1, 4, 10, 64), []
-    dropout = F.dropout
-    kind = lambda x: "probabilities" if x.dim() == 4 or x.shape[-1] == taps.shape[2] else "output"  # over queries per head; over audio frames
-    monkeypatch.setattr(F, "dropout", lambda x, p, training: rates.append((kind(x), p * training)) or dropout(x, p, training))
-    layer = ["probabilities", "output", "probabilities", "output", "output"]
+    taps, rates, dropout = torch.randn(1, 4, 10, 64), [], F.dropout
+
+    def seen_dropout(x, p, training=True):  # a fast cross-attention drops its own weights, (B, H * N, T)
+        rates.append(("weights" if x.shape[-1] == taps.shape[2] else "output", p * training))
+        return dropout(x, p, training)
+
+    def seen_attend(q, k, v, dropout=0.0):
+        rates.append(("weights", dropout))
+        return attend(q, k, v, dropout=dropout)
+
+    monkeypatch.setattr(F, "dropout", seen_dropout)
+    monkeypatch.setattr("qformer.attend", seen_attend)
+    layer = ["weights", "output", "weights", "output", "output"]
     assert not torch.equal(adapter.train()(taps), adapter(taps))
     assert rates == 4 * [(name, 0.1) for name in layer]
     rates.clear()
     assert torch.equal(adapter.eval()(taps), adapter(taps))
     assert rates == 4 * [(name, 0.0) for name in layer]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_fast_cross_attention_equals_the_textbook(rate, monkeypatch):
+    """With the same weights dropped: the value's bias counts as often as the weights that are left sum to."""
+    torch.manual_seed(0)
+    layer = randomize(QFormer(TINY)).qformer.layer[0].crossattention
+    layer.dropout = rate
+    x, audio = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 30, 64)
+    kept = (torch.rand(2, 4, 5, 30) >= rate) / (1 - rate)
+    monkeypatch.setattr(F, "dropout", lambda w, p, training: w * kept.view(w.shape) if w.shape[-1] == 30 else w)
+    monkeypatch.setattr("qformer.attend", lambda q, k, v, dropout: F.dropout((q @ k.mT / 4).softmax(-1), rate, True) @ v)
+    results = []
+    for textbook in (True, False):
+        monkeypatch.setattr(fast, "textbook", textbook)
+        out = layer(x, audio)
+        weights = [p for name, p in layer.named_parameters() if "key.bias" not in name]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *weights])])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_taps_of_another_whisper_are_refused():

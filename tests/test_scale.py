@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA
 from test_qformer import ReferenceQFormer
 
-import common
+from engine import checkpoint, run
+from engine.rows import JsonLines
 import llama
 import train
 from llama import Llama, LlamaConfig
@@ -51,7 +52,7 @@ def test_rows_of_a_file_however_it_is_read(tmp_path, monkeypatch, block):
         real = open
         small = lambda *args, **kwargs: SmallReads(real(*args, **kwargs), block) if args[1:] == ("rb",) else real(*args, **kwargs)
         monkeypatch.setattr(common, "open", small, raising=False)
-        found = common.JsonLines(file)
+        found = JsonLines(file)
         monkeypatch.delattr(common, "open")
         assert [found[i] for i in range(len(found))] == list(found) == rows
 
@@ -79,7 +80,7 @@ def test_several_files_are_numbered_through(tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
         expected += rows
     for path in (tmp_path, ", ".join(str(tmp_path / f"{name}.jsonl") for name in ("a.0", "a.1", "b", "c"))):
-        rows = common.JsonLines(path)
+        rows = JsonLines(path)
         assert len(rows) == 11 and list(rows) == expected
         numbers = np.array([10, 0, 6, 7, 9, 7])
         sizes = [len(json.dumps(expected[i], ensure_ascii=bool(rows.locate(i)[1] % 2)).encode()) for i in numbers]
@@ -90,13 +91,13 @@ def test_several_files_are_numbered_through(tmp_path):
                 rows[outside]
     (tmp_path / "b.jsonl").write_text('{"i": 1}\n[2]\n')
     with pytest.raises(ValueError, match="b.jsonl, row 2 is not a JSON object"):
-        common.JsonLines(tmp_path)[8]
+        JsonLines(tmp_path)[8]
     (tmp_path / "with, comma.jsonl").write_text("{}")
-    assert list(common.JsonLines(tmp_path / "with, comma.jsonl")) == [{}]
+    assert list(JsonLines(tmp_path / "with, comma.jsonl")) == [{}]
     (tmp_path / "empty").mkdir()
     for path in ("nowhere.jsonl", f"{tmp_path}/b.jsonl,nowhere.jsonl", tmp_path / "empty"):
         with pytest.raises(FileNotFoundError, match=r"(nowhere|empty/\*).jsonl is missing"):
-            common.JsonLines(path)
+            JsonLines(path)
 
 
 def test_index_is_kept_checked_and_made_anew(tmp_path, monkeypatch):
@@ -109,14 +110,14 @@ def test_index_is_kept_checked_and_made_anew(tmp_path, monkeypatch):
     def whole():
         """-> was the file gone through?"""
         reads.clear()
-        rows = common.JsonLines(file)
+        rows = JsonLines(file)
         assert [row["i"] for row in rows] == list(range(len(rows)))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.index"]
         return bool(reads)
 
     assert whole() and not whole(), "made once, then read"
     good = index.read_bytes()
-    assert isinstance(common.JsonLines(file).starts[0], np.memmap)
+    assert isinstance(JsonLines(file).starts[0], np.memmap)
     for damaged in (b"", b"x", good[:-1], good[:-8], good[8:], good + good[-8:], good[:80] + bytes([good[80] ^ 4]) + good[81:], bytes(len(good))):
         index.write_bytes(damaged)
         assert whole() and index.read_bytes() == good, f"damaged index of {len(damaged)} bytes"
@@ -133,7 +134,7 @@ def test_index_that_cannot_be_kept(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"i": i} for i in range(30)])
     index = tmp_path / "rows.jsonl.index"
     index.mkdir()  # root may write everywhere, but nobody can replace a folder by a file
-    assert [row["i"] for row in common.JsonLines(file)] == list(range(30))
+    assert [row["i"] for row in JsonLines(file)] == list(range(30))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.index"]
 
 
@@ -175,7 +176,7 @@ def load(world, long_audio, adapter=None):
 @pytest.fixture(scope="module")
 def splitting(tiny_world):
     model = load(tiny_world, "split")
-    randomize(model.qformer)
+    randomize(model.adapter)
     return model
 
 
@@ -193,12 +194,12 @@ SEVERAL = [  # several audios in a turn, several turns with audio, long and shor
 
 @torch.no_grad()
 def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
-    model, n = splitting, splitting.qformer.config.n_queries
-    row = model.prepare({"messages": SEVERAL, "response": "No."}, long_clips)
+    model, n = splitting, splitting.adapter.config.n_queries
+    row = model.reader.prepare({"messages": SEVERAL, "response": "No."}, long_clips)
     assert [len(row["mels"]), row["ids"].count(AUDIO_ID)] == [3 + 1 + 4, (3 + 1 + 4) * n]
     # Put together by hand: the same prompt with each window as a clip of its own, its vectors where the slot is.
     windows = [f"long.{i}.wav" for i in range(3)] + ["short.0.wav"] + [f"longer.{i}.wav" for i in range(4)]
-    vectors = torch.cat([model.audio_vectors(model.mels(name, long_clips)) for name in windows])  # (8, n, d)
+    vectors = torch.cat([model.audio_vectors(model.reader.mels(name, long_clips)) for name in windows])  # (8, n, d)
     ids, transcript = torch.tensor(row["ids"]), lambda text: model.tokenizer.encode(text, special=False)
     runs = [list(group) for group in torch.arange(len(ids))[ids == AUDIO_ID].split([3 * n, n, 4 * n])]
     for run, text in zip(runs, ("one two", " ", "three")):
@@ -216,7 +217,7 @@ def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
 
 def test_long_transcripts_may_be_as_long_as_the_windows_are_many(splitting, long_clips):
     audio = heard("long", "la " * 1000)
-    ids, _ = splitting.read([{"role": "user", "content": "<|AUDIO|>", "audios": [audio]}], long_clips)
+    ids, _ = splitting.reader.read([{"role": "user", "content": "<|AUDIO|>", "audios": [audio]}], long_clips)
     la = splitting.tokenizer.encode(" la", special=False)
     assert 295 < sum(token in la for token in ids) < 305, "100 tokens a window"
 
@@ -249,7 +250,7 @@ def test_cutting_names_the_file_and_what_is_lost_once(tiny_world, long_clips, ca
     assert len(audio_windows(almost, None, 3, "split")) == len(audio_windows(almost, None, 3)) == 1
     for _ in range(2):
         for name in ("long", "longer", "short"):
-            assert torch.equal(model.mels(f"{name}.wav", long_clips), model.mels(f"{name}.0.wav", long_clips))
+            assert torch.equal(model.reader.mels(f"{name}.wav", long_clips), model.reader.mels(f"{name}.0.wav", long_clips))
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"warning: {long_clips}/{name}.wav lasts {total} s: the last {lost} s are not heard (--long_audio split hears them)"
                      for name, total, lost in (("long", 7.5, 4.5), ("longer", "10.0", "7.0"))]  # fmt: skip
@@ -272,7 +273,7 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     done = script("train.py", *models, *options, *flags(**tiny_world.adapter), "--long_audio", "split")
     assert done.status == 0 and "left out" not in done.err and "not heard" not in done.err, done.err
     model = load(tiny_world, "", tmp_path / "out/adapter")
-    assert model.long_audio == "split" and len(model.mels("long.wav", long_clips)) == 3
+    assert model.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
     assert load(tiny_world, "cut", tmp_path / "out/adapter").long_audio == "cut"
     audio, ask = long_clips / "long.wav", flags(llm=tiny_world.llm, whisper=tiny_world.whisper, adapter=tmp_path / "out/adapter", max_new_tokens=6)
     messages = [{"role": "user", "content": "<|AUDIO|>\n\nWho?", "audios": [{"audio": audio, "text": None}]}]
@@ -327,11 +328,11 @@ def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
     for name, p in model.trained().items():
         if "lora" in name:
             torch.nn.init.normal_(p, std=0.3)
-    rows = [model.prepare(row, tiny_world.data) for row in tiny_world.rows[:3]]
+    rows = [model.reader.prepare(row, tiny_world.data) for row in tiny_world.rows[:3]]
     loss = model.loss(rows)
     loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"qformer.{name}" for name in dict(model.qformer.named_parameters())} | {
+    assert with_gradient == {f"qformer.{name}" for name in dict(model.adapter.named_parameters())} | {
         name.replace("llm_model.", "llm.") for name in model.trained() if "lora" in name
     }
     assert all(p.grad.any() for name, p in model.trained().items() if "lora" in name)
@@ -418,12 +419,12 @@ def test_sharded_llm_and_checkpointed_activations_change_nothing(tiny_world, une
 def test_checkpointed_activations_alone(tiny_world):
     """One process, with a beginning that the rows share: the same loss and gradients bit for bit, and each block's input is all that is kept."""
     model = with_lora(tiny_world, 0)
-    rows, found = [model.prepare(row, tiny_world.data) for row in tiny_world.rows[:4]], []
+    rows, found = [model.reader.prepare(row, tiny_world.data) for row in tiny_world.rows[:4]], []
     for model.llm.checkpoint_activations in (False, True):
         model.zero_grad()
         loss = model.loss(rows)
         loss.backward()
-        found.append([loss, *(p.grad.clone() for p in model.qformer.parameters())])
+        found.append([loss, *(p.grad.clone() for p in model.adapter.parameters())])
     assert all(map(torch.equal, *found))
     weights, x, kept = {p.data_ptr() for p in model.parameters()}, torch.randn(3, 50, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -608,7 +609,7 @@ def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
     exact = load(dtype=torch.float32)
     assert exact.audio_seconds == 30 and exact.long_audio == "cut" and not exact.lora_rank
     rows = [row | {"messages": row["messages"]} for row in tiny_world.rows[1:3]]
-    mels = [list(exact.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data)) for row in rows]
+    mels = [list(exact.reader.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data)) for row in rows]
     with torch.no_grad():
         expected, vectors = reference.loss(rows, mels)
         torch.testing.assert_close(exact.audio_vectors(torch.stack(sum(mels, []))), vectors, atol=2e-5, rtol=1e-4)
@@ -655,7 +656,7 @@ def test_recipe_of_the_paper(tmp_path):
 
     launcher, given = called()
     assert launcher == ["--nnodes=1", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29500"]
-    settings = common.parse_settings(train.Settings, "", [part for name, value in given.items() for part in (f"--{name}", value)])
+    settings = run.parse_settings(train.Settings, "", [part for name, value in given.items() for part in (f"--{name}", value)])
     assert (settings.llm, settings.data, settings.eval_data, settings.micro_batch, settings.global_batch) == ("L", "D", "", 12, 96)
     for field in dataclasses.fields(train.Settings):  # "…; paper: 6" in the help of a setting
         if said := re.search(r"paper: ([\d.e-]+\d)", field.metadata["help"]):

@@ -51,7 +51,7 @@ def test_pure_functions_of_the_schedule():
 
 
 def in_memory(lengths):
-    """What `train.Batches` needs of a JsonLines."""
+    """What `Batches` needs of a JsonLines."""
     class Rows(list):
         lengths = lambda self, rows: np.asarray(self)[rows]  # noqa: E731
     return Rows(lengths)
@@ -61,7 +61,7 @@ def test_epoch_is_a_pure_function_with_every_row_at_most_once():
     lengths = np.random.default_rng(0).integers(1, 1000, 1003)
 
     def run(seed=0, epoch=0, pool=4):
-        return [train.step_rows(step, 1003, lengths.__getitem__, 8, pool, seed) for step in range(epoch * 125, epoch * 125 + 125)]
+        return [step_rows(step, 1003, lengths.__getitem__, 8, pool, seed) for step in range(epoch * 125, epoch * 125 + 125)]
 
     rows = sum(run(), [])
     assert all(len(batch) == 8 for batch in run()) and len(rows) == len(set(rows)) == 1000 and set(rows) <= set(range(1003))
@@ -95,9 +95,9 @@ def test_shuffled_is_a_permutation_that_looks_random(n):
 def test_global_batches_do_not_depend_on_the_processes(world, micro):
     """The micro-batches of all ranks, put together step by step, are the batches of the epochs, from whatever step a run resumes."""
     rows, settings = in_memory(range(100)), types.SimpleNamespace(global_batch=12, micro_batch=micro, length_pool=2, seed=3)
-    expected = [train.step_rows(step, 100, rows.lengths, 12, 2, 3) for step in range(24)]  # 8 steps an epoch
+    expected = [step_rows(step, 100, rows.lengths, 12, 2, 3) for step in range(24)]  # 8 steps an epoch
     for first in (0, 5, 8, 11):
-        ranks = [list(train.Batches(rows, settings, first, 20, rank, world)) for rank in range(world)]
+        ranks = [list(Batches(rows, settings, first, 20, rank, world)) for rank in range(world)]
         accumulate = 12 // micro // world
         for i, step in enumerate(range(first, 20)):
             mine = [rank[i * accumulate : (i + 1) * accumulate] for rank in ranks]
@@ -205,7 +205,7 @@ class Crash(BaseException):
 
 def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, monkeypatch):
     """Die before each file operation of save_checkpoint in turn: what is found afterwards is the old step or the new one, never a mixture."""
-    out, weights = tmp_path / "out", list(model.qformer.parameters())
+    out, weights = tmp_path / "out", list(model.adapter.parameters())
     settings = train.Settings(out=str(out), keep=1)
 
     def trainer(value):
@@ -218,7 +218,7 @@ def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, mon
 
     def found():
         optimizer = trainer(0)
-        step = train.load_checkpoint(model, optimizer, settings)
+        step = checkpoint.load(model, optimizer, settings)
         for weight in weights:
             state = optimizer.state[weight]
             assert (weight == step).all() and state["step"] == step
@@ -227,7 +227,7 @@ def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, mon
         assert len({weight.flatten()[0].item() for weight in weights}) == 1
         return step
 
-    save = lambda step: train.save_checkpoint(model, trainer(step), step, settings)
+    save = lambda step: checkpoint.save(model, trainer(step), step, settings)
     save(1)
     shutil.copytree(out, tmp_path / "before")
     after_crash = []
@@ -268,7 +268,7 @@ def test_frozen_parts_stay_as_they_are(tiny_world, tmp_path, monkeypatch, float3
     for part, fresh in ((made[0].llm, Llama.from_pretrained(tiny_world.llm)), (made[0].whisper, Whisper.from_pretrained(tiny_world.whisper))):
         assert all(torch.equal(tensor, part.state_dict()[name]) for name, tensor in fresh.state_dict().items())
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in made[0].qformer.parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in made[0].adapter.parameters())
 
 
 def test_initial_statistics(model, tiny_world):
