@@ -1,1 +1,3 @@
-"""One file per benchmark: `load` rows with messages, `with_answer`, `score`, `read_predictions`, `summary`; nothing else is needed."""
+"""One file per benchmark: `load` rows with messages, `with_answer`, `score`, `read_predictions`,
+`summary`; nothing else is needed.
+"""

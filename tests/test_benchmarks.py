@@ -540,6 +540,13 @@ def test_scoring_a_thousand_rows_is_quick():
         ("The answer is B.", "B"), ("c", "C"), ("d) Dogs", "D"), ("**B. Something**", "B"), ("I would choose option C", "C"), ("It is (a).", "A"),
         ("Option A: no. The correct answer is D", "D"), ("<2> B", "B"), ("It is \\( \\boxed{C} \\)", "C"), ("答案是C", "C"), ("Answer: d", "D"),
         ("A cat is nice", None), ("I don't know", None), ("", None), ("E", None), ("So B. or A.", "A"),
+        # phrases that were missing
+        ("The answer to this question is B (dogs)", "B"), ("\\text{The answer is } \\mathbf{C. Dogs}", "C"), ("The best is option **D dogs**", "D"),
+        # a letter stands alone after "answer:" and at the start of a line
+        ("Answer: Angry", None), ("Answer: Bird (small)", None), ("Final answer: cats", None), ("The animal is:\nDog", None), ("Final answer: C", "C"),
+        ("Answer: **B**", "B"), ("The animal is:\n**B**", "B"),
+        # the order of the official list: a full stop before a comma, "option X:" before "option X,", and its oddness
+        ("Choose A, not B.", "B"), ("Option B: yes. Option A, no", "B"), ("That would be better", "B"), ("Option A. The answer to the question is **C**", "A"),
     ],
 )  # fmt: skip
 def test_voicebench_letter(response, wanted):

@@ -1,1 +1,3 @@
-"""Scoring rules that are too long to stand in a benchmark's file: IFEval, sentence counting, VoiceBench's answer phrases."""
+"""Scoring rules that are too long to stand in a benchmark's file: IFEval, sentence counting,
+VoiceBench's answer phrases.
+"""
