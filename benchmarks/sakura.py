@@ -77,7 +77,7 @@ def with_answer(row, text):
 
 
 def dump(rows, path):
-    """The official result files, one per track and hop, `{track}_{hop}.json` in the folder `path`."""
+    """The official result files in the folder `path`: `{track}_{hop}.json`."""
     Path(path).mkdir(parents=True, exist_ok=True)
     for track, hop in sorted({(row["attribute"], row["type"]) for row in rows}):
         part = [row for row in rows if (row["attribute"], row["type"]) == (track, hop)]
