@@ -217,7 +217,7 @@ def score_subset(rows, subset, judge):
 
 
 def score(rows, judge=None, labels=None):
-    """Each subset's own score, the points (0 to 100) it brings, and the mean of nine if complete."""
+    """Each subset's own score, its points (0 to 100), and the mean of the nine if all are there."""
     skipped = {}
     if labels is not None:
         rows, skipped = common.same_labels(rows, read(labels), LABELS)
