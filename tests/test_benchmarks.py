@@ -752,8 +752,8 @@ def test_dynamic_superb_phase_one_and_bad_input(tmp_path):
 class Asked:
     """Stands in for model.DeSTA: notes what it is asked."""
 
-    def __init__(self, context, max_answer_tokens):
-        self.context, self.max_answer_tokens = context, max_answer_tokens
+    def __init__(self, context):
+        self.config, self.reader = types.SimpleNamespace(context=context), self
         self.tokenizer, self.adapter = None, types.SimpleNamespace(n_vectors=5)
         self.generated, self.prepared, self.limits = [], [], set()
 
@@ -772,8 +772,8 @@ class Asked:
 
 @pytest.mark.parametrize("context", [None, [], [{"role": "system", "content": "Listen."}, {"role": "user", "content": "Hi"}]])
 def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context):
-    fills = {"audio_slot": lambda tokenizer, n: lambda audio: n, "description_slot": lambda tokenizer: lambda audio: "words"}
-    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(**fills))
+    monkeypatch.setattr("model.audio_slot", lambda tokenizer, n: lambda audio: n)
+    monkeypatch.setattr("model.description_slot", lambda tokenizer: lambda audio: "words")
     own = {"role": "system", "content": "The row's own"}
     rows, labels = [], []
     for name in ("a", "b"):
@@ -782,7 +782,7 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
         labels.append({"id": name, "domain": "sound", "segments": [{"attributes": {"Animal": "Dog"}}]})
     write(tmp_path / "t.metadata.jsonl", labels, lines=True)
     rows = heldout.load(write(tmp_path / "t.jsonl", rows, lines=True), tmp_path)
-    model = Asked(context, -1)
+    model = Asked(context)
     finished = heldout.answer(model, rows, heldout.MAX_NEW_TOKENS, tmp_path, batch_size=4)
     before = [own] if context is None else context
     assert [conversation[:-1] for asked in model.generated for conversation in asked] == [before] * 4
@@ -793,10 +793,3 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
     assert losses == [("a", "words"), ("b", "words"), ("a", 5), ("b", 5), ("b", 5), ("a", 5), ("a", []), ("b", [])]
     assert finished[0]["wrong_id"] == "b" and finished[0]["loss"] == dict.fromkeys(heldout.CLIPS, 1.0) and finished[0]["target_tokens"] == 3
     assert rows[0]["messages"][0] == own  # the rows stay as they were
-
-
-@pytest.mark.parametrize("given, adapter, limit", [(-1, -1, 36), (-1, 60, 60), (20, 60, 20), (20, -1, 20)])
-def test_heldout_limit_is_the_flags_then_the_adapters(monkeypatch, given, adapter, limit):
-    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(audio_slot=lambda *_: None, description_slot=lambda *_: None))
-    model = Asked(None, adapter)
-    assert heldout.answer(model, [], given, None, batch_size=4) == [] and model.limits == {limit}
