@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from engine.checkpoint import write_text  # noqa: E402
-from engine.rows import JsonLines  # noqa: E402
-from engine.run import main, parse_settings, setting  # noqa: E402
-from generate_data import describe  # noqa: E402
+from engine.checkpoint import write_text
+from engine.rows import JsonLines
+from engine.run import main, parse_settings, setting
+from generate_data import describe
 
 DIFFICULTY = {2: "easy", 3: "medium", 4: "hard"}  # by the number of choices
 

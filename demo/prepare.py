@@ -36,10 +36,10 @@ import numpy as np
 import soundfile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from engine.checkpoint import write_atomically, write_json, write_text  # noqa: E402
-from engine.rows import work_in_blocks  # noqa: E402
-from engine.run import fail, main, parse_settings, setting, signals_wait  # noqa: E402
-from engine.weights import read_json  # noqa: E402
+from engine.checkpoint import write_atomically, write_json, write_text
+from engine.rows import work_in_blocks
+from engine.run import fail, main, parse_settings, setting, signals_wait
+from engine.weights import read_json
 
 try:
     from convert import write_llm, write_whisper
@@ -87,7 +87,7 @@ class Settings:
     weights_dir: str = setting("weights", "the model folders go here")
     data_dir: str = setting("data/demo", "clips/ and the two metadata files go here")
     seed: int = setting(0, "same seed, same bytes")
-    n_train: int = setting(1500, "training clips, a third each of speech, sound and music")
+    n_train: int = setting(1100, "training clips, a third each of speech, sound and music")
     n_test: int = setting(150, "test clips; with --n_train 0 --n_test 0 no clips are made")
 
 

@@ -17,10 +17,10 @@ import matplotlib.pyplot as plt
 import soundfile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import read_rows  # noqa: E402
-from engine.checkpoint import write_text  # noqa: E402
-from engine.run import main, parse_settings, setting  # noqa: E402
-from engine.weights import read_json  # noqa: E402
+from benchmarks.common import read_rows
+from engine.checkpoint import write_text
+from engine.run import main, parse_settings, setting
+from engine.weights import read_json
 
 plt.switch_backend("svg")  # files, no window
 

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from engine import run  # noqa: E402
-from engine.rows import JsonLines  # noqa: E402
-from engine.run import setting  # noqa: E402
-from generate_data import describe, read_instructions  # noqa: E402
-from model import AUDIO, AUDIO_ID, DeSTA, audio_slot, build_prompt  # noqa: E402
-from model import description_slot, read_context  # noqa: E402
-from recipes import GENERATE_DATA, TRAIN  # noqa: E402
-from whisper import load_audio, log_mel  # noqa: E402
+from engine import run
+from engine.rows import JsonLines
+from engine.run import setting
+from generate_data import describe, read_instructions
+from model import AUDIO, AUDIO_ID, DeSTA, audio_slot, build_prompt, description_slot, read_context
+from recipes import GENERATE_DATA, TRAIN
+from whisper import load_audio, log_mel
 
 
 @dataclass

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import flags, in_float32, read_jsonl, script
 from safetensors.torch import load_file
+from test_train import command, steps
 
 import model as model_module
 from model import DeSTA, DeSTAConfig, inherit
 from qformer import Linear
-from test_train import command, steps
 
 
 class MLP(torch.nn.Module):
