@@ -35,14 +35,17 @@ from pathlib import Path
 import soundfile
 import torch
 
-import common
-import train
-import whisper as audio
-from common import setting
-from llama import Llama, LlamaConfig, common_prefix, generate
-from model import AUDIO, AUDIO_ID, DeSTA, compute_dtype
-from qformer import QFormer, QFormerConfig
-from tokenizer import Tokenizer, read_json
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
+import whisper as audio  # noqa: E402
+from engine import run  # noqa: E402
+from engine.fast import common_prefix  # noqa: E402
+from engine.run import barrier, gather, setting, sum_over_ranks  # noqa: E402
+from engine.weights import read_json  # noqa: E402
+from llama import Llama, LlamaConfig, generate  # noqa: E402
+from model import AUDIO, AUDIO_ID, DeSTA, DeSTAConfig  # noqa: E402
+from qformer import QFormer, QFormerConfig  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclasses.dataclass
