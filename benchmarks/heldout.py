@@ -55,7 +55,7 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
 
     fills = {
         "description": description_slot(model.tokenizer),
-        "right": audio_slot(model.tokenizer, model.qformer.config.n_queries),
+        "right": audio_slot(model.tokenizer, model.adapter.n_vectors),
         "none": lambda audio: [],
     }
     fills["wrong"] = fills["right"]
@@ -65,7 +65,7 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
     losses = {}
     for slot in SLOTS:
         source = "wrong_messages" if slot == "wrong" else "messages"
-        prepared = [model.prepare(row | {"messages": row[source]}, root, fills[slot]) for row in rows]
+        prepared = [model.reader.prepare(row | {"messages": row[source]}, root, fills[slot]) for row in rows]
         losses[slot] = []
         for start in range(0, len(prepared), 16):
             sums, counts = model.row_losses(prepared[start : start + 16])
