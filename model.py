@@ -527,7 +527,7 @@ def load_to_ask(s, device=None):
     saved = DeSTAConfig.from_adapter(s.adapter)
     llm, whisper = s.llm or saved.llm, s.whisper or saved.whisper
     for flag, folder in (("llm", llm), ("whisper", whisper)):
-        if not Path(folder).is_dir():
+        if not getattr(s, flag) and not Path(folder).is_dir():
             trained = f"{s.adapter} was trained with {folder}, which is no folder here"
             raise FileNotFoundError(f"{trained}: give --{flag}")
     audio_dtype = torch.float32 if s.precision == "official" else None
