@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA
 from test_qformer import ReferenceQFormer
 
-from engine import checkpoint, run
-from engine.rows import JsonLines
 import llama
 import train
+from engine import rows as engine_rows
+from engine import run
+from engine.rows import JsonLines, audio_file
 from llama import Llama, LlamaConfig
-from model import AUDIO_ID, DeSTA, audio_file, audio_windows, transcribe_windows
+from model import AUDIO_ID, DeSTA, audio_windows, transcribe_windows
 from qformer import QFormerConfig
 from whisper import Whisper, WhisperConfig
 
@@ -51,9 +52,9 @@ def test_rows_of_a_file_however_it_is_read(tmp_path, monkeypatch, block):
         file.write_bytes(content + end)
         real = open
         small = lambda *args, **kwargs: SmallReads(real(*args, **kwargs), block) if args[1:] == ("rb",) else real(*args, **kwargs)
-        monkeypatch.setattr(common, "open", small, raising=False)
+        monkeypatch.setattr(engine_rows, "open", small, raising=False)
         found = JsonLines(file)
-        monkeypatch.delattr(common, "open")
+        monkeypatch.delattr(engine_rows, "open")
         assert [found[i] for i in range(len(found))] == list(found) == rows
 
 
@@ -229,7 +230,7 @@ def test_transcripts_of_long_clips(splitting, long_clips):
     expected = " ".join(alone[f"long.{i}"] for i in range(3) if alone[f"long.{i}"].strip()) or " "
     assert len(expected) > len(alone["long.0"]) and transcribe_windows(splitting.whisper, clips, 3) == [expected, alone["short.0"]]
     message = {"role": "user", "content": "<|AUDIO|>", "audios": [heard("long", None)]}
-    assert splitting._with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
+    assert splitting.with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
 
 
 class Mute:
@@ -273,8 +274,8 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     done = script("train.py", *models, *options, *flags(**tiny_world.adapter), "--long_audio", "split")
     assert done.status == 0 and "left out" not in done.err and "not heard" not in done.err, done.err
     model = load(tiny_world, "", tmp_path / "out/adapter")
-    assert model.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
-    assert load(tiny_world, "cut", tmp_path / "out/adapter").long_audio == "cut"
+    assert model.config.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
+    assert load(tiny_world, "cut", tmp_path / "out/adapter").config.long_audio == "cut"
     audio, ask = long_clips / "long.wav", flags(llm=tiny_world.llm, whisper=tiny_world.whisper, adapter=tmp_path / "out/adapter", max_new_tokens=6)
     messages = [{"role": "user", "content": "<|AUDIO|>\n\nWho?", "audios": [{"audio": audio, "text": None}]}]
     told = script("model.py", audio, "--prompt", "Who?", "--system", "", *ask)
@@ -332,7 +333,7 @@ def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
     loss = model.loss(rows)
     loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"qformer.{name}" for name in dict(model.adapter.named_parameters())} | {
+    assert with_gradient == {f"adapter.{name}" for name in dict(model.adapter.named_parameters())} | {
         name.replace("llm_model.", "llm.") for name in model.trained() if "lora" in name
     }
     assert all(p.grad.any() for name, p in model.trained().items() if "lora" in name)
@@ -607,7 +608,7 @@ def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
     reference = ReferenceDeSTA(types.SimpleNamespace(llm=tiny_world.llm, whisper=whisper), types.SimpleNamespace(config=size, state_dict=lambda: state))
     load = lambda **dtypes: DeSTA.from_pretrained(tiny_world.llm, whisper, released, device="cpu", **dtypes)
     exact = load(dtype=torch.float32)
-    assert exact.audio_seconds == 30 and exact.long_audio == "cut" and not exact.lora_rank
+    assert exact.config.audio_seconds == 30 and exact.config.long_audio == "cut" and not exact.config.lora_rank
     rows = [row | {"messages": row["messages"]} for row in tiny_world.rows[1:3]]
     mels = [list(exact.reader.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data)) for row in rows]
     with torch.no_grad():
