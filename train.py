@@ -422,7 +422,7 @@ def main():
         # evaluate, save
         ending = step == last_step or stop.asked(device)
         evaluates = step % s.eval_every == 0 or ending
-        if held_out and evaluates and (step > first_step or step == 0):
+        if s.eval_data and evaluates and (step > first_step or step == 0):
             log({"step": step} | evaluate(model, held_out, s.micro_batch))
         saves = ending or (step % s.save_every == 0 and not skipped.in_a_row)
         if rank == 0 and saves and step > first_step:
