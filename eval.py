@@ -25,7 +25,7 @@ from engine import fast, run
 from engine.checkpoint import file_hash, write_json, write_jsonl
 from engine.rows import work_in_blocks
 from engine.run import setting
-from model import LONG, PRECISION, DeSTA, DeSTAConfig, load_to_ask, read_context
+from model import LONG, PRECISION, DeSTA, DeSTAConfig, load_to_ask, read_context, with_context
 
 
 @dataclass
@@ -166,6 +166,9 @@ def predict(s, task):
         model = DeSTA.from_pretrained(s.llm or default_llm(s), None, device=device)
     else:
         model = load_to_ask(s, device)
+    if s.task == "heldout":  # asked as the adapter was trained
+        asked = lambda row, key: {key: with_context(row[key], model.config.context)}
+        rows = [row | asked(row, "messages") | asked(row, "wrong_messages") for row in rows]
     limit = next(n for n in (s.max_new_tokens, task_limit(task, model)) if n > 0)
     if rank == 0:
         sampling = f"temperature {s.temperature}, top-p {s.top_p}" if s.temperature else "greedy"

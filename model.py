@@ -148,9 +148,9 @@ def audio_windows(path, root, seconds, long_audio="cut", warn=run.warn):
 def transcribe_windows(whisper, clips, seconds, max_new_tokens=128):
     """One transcript per clip. clips: list of what audio_windows returns."""
     windows = [window for clip in clips for window in clip]
-    texts = iter(whisper.transcribe(windows, max_new_tokens, seconds=seconds))
-    joined = [" ".join(next(texts).strip() for _ in clip).strip() for clip in clips]
-    return [text or " " for text in joined]
+    texts = (text.strip() for text in whisper.transcribe(windows, max_new_tokens, seconds=seconds))
+    spoken = [filter(None, [next(texts) for _ in clip]) for clip in clips]  # silence leaves no gap
+    return [" ".join(clip) or " " for clip in spoken]
 
 
 @dataclass
@@ -527,7 +527,7 @@ def load_to_ask(s, device=None):
     saved = DeSTAConfig.from_adapter(s.adapter)
     llm, whisper = s.llm or saved.llm, s.whisper or saved.whisper
     for flag, folder in (("llm", llm), ("whisper", whisper)):
-        if not Path(folder).is_dir():
+        if not getattr(s, flag) and not Path(folder).is_dir():
             trained = f"{s.adapter} was trained with {folder}, which is no folder here"
             raise FileNotFoundError(f"{trained}: give --{flag}")
     audio_dtype = torch.float32 if s.precision == "official" else None

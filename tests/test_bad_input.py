@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import evaluating, generating, one_line, training
 
-from engine import checkpoint, run
-from engine.rows import JsonLines
 import eval as eval_script
 import generate_data
 import train
+from engine import checkpoint, run
+from engine.rows import JsonLines, audio_file
 from llama import Llama
-from model import AUDIO, AUDIO_ID, DeSTA, audio_file, audio_slot, audio_windows, build_prompt, description_slot
+from model import AUDIO, AUDIO_ID, DeSTA, audio_slot, audio_windows, build_prompt, description_slot
 from tokenizer import GUARD, Tokenizer
 from whisper import SAMPLE_RATE, Whisper, load_audio
 
@@ -186,7 +186,7 @@ def test_a_training_row_of_every_bad_file(audio, world, model):
     for row, (path, _) in zip(rows, audio):
         row["messages"][1]["audios"][0]["audio"] = str(path)
     write_jsonl(world.data / "bad.jsonl", rows)
-    dataset = train.Rows(world.data / "bad.jsonl", model, train.Settings(audio_root=str(world.data)))
+    dataset = train.Rows(world.data / "bad.jsonl", model.reader, train.Settings(audio_root=str(world.data)))
     for i, (path, expected) in enumerate(audio):
         row = dataset[i]
         assert expected in (LOADS if "ids" in row else REFUSED, EITHER), path
@@ -289,7 +289,7 @@ def broken(draw, row):
 
 
 def test_broken_training_rows(world, model):
-    dataset = train.Rows(world.data / "train.jsonl", model, train.Settings(audio_root=str(world.data)))
+    dataset = train.Rows(world.data / "train.jsonl", model.reader, train.Settings(audio_root=str(world.data)))
     seen = {"ids": 0, "left_out": 0}
 
     @quick(300)

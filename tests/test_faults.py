@@ -22,9 +22,9 @@ import torch
 from conftest import ROOT, flags, read_jsonl, script, start, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint, run
-from engine.rows import JsonLines
 import train
+from engine import checkpoint
+from engine.rows import step_rows
 from llama import Llama
 from model import DeSTA
 from tokenizer import Tokenizer
@@ -358,8 +358,8 @@ def test_full_disk(world, tmp_path, tmp_path_factory, name):
     """One clear line that names the file; what was finished is kept; with more space the same command ends with the same files."""
     expected, disk = straight(world, name, tmp_path_factory), tmp_path / "disk"
     # The first checkpoint of training fits, and half of the second; or four blocks of rows, each a page of 4096 bytes.
-    checkpoint = sum(len(data) for file, data in expected.items() if f"step_{STEPS:08d}" in file and isinstance(data, bytes))
-    with small_disk(disk, 2 * checkpoint if name == "train.py" else 6 * 4096) as remount:
+    size = sum(len(data) for file, data in expected.items() if f"step_{STEPS:08d}" in file and isinstance(data, bytes))
+    with small_disk(disk, 2 * size if name == "train.py" else 6 * 4096) as remount:
         command = COMMANDS[name](world, target(name, disk))
         one_line(script(*command), f"^error: {disk}.* cannot be written .No space left on device.: free space")
         finished = [file for file in disk.rglob("*") if file.is_file() and ("/step_" in str(file) or "parts/0" in str(file)) and file.suffix != ".tmp"]

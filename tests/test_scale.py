@@ -20,15 +20,16 @@ import torch
 import transformers
 from conftest import ROOT, flags, in_float32, randomize, read_jsonl, script, start, torchrun, write_jsonl
 from safetensors.torch import load_file, save_file
-from test_model import ReferenceDeSTA
+from test_model import ReferenceDeSTA, gradient
 from test_qformer import ReferenceQFormer
 
-from engine import checkpoint, run
-from engine.rows import JsonLines
 import llama
 import train
+from engine import rows as engine_rows
+from engine import run
+from engine.rows import JsonLines, audio_file
 from llama import Llama, LlamaConfig
-from model import AUDIO_ID, DeSTA, audio_file, audio_windows, transcribe_windows
+from model import AUDIO_ID, DeSTA, audio_windows, transcribe_windows
 from qformer import QFormerConfig
 from whisper import Whisper, WhisperConfig
 
@@ -51,9 +52,9 @@ def test_rows_of_a_file_however_it_is_read(tmp_path, monkeypatch, block):
         file.write_bytes(content + end)
         real = open
         small = lambda *args, **kwargs: SmallReads(real(*args, **kwargs), block) if args[1:] == ("rb",) else real(*args, **kwargs)
-        monkeypatch.setattr(common, "open", small, raising=False)
+        monkeypatch.setattr(engine_rows, "open", small, raising=False)
         found = JsonLines(file)
-        monkeypatch.delattr(common, "open")
+        monkeypatch.delattr(engine_rows, "open")
         assert [found[i] for i in range(len(found))] == list(found) == rows
 
 
@@ -168,9 +169,8 @@ def long_clips(tiny_world, tmp_path_factory):
 
 def load(world, long_audio, adapter=None):
     torch.manual_seed(0)
-    return DeSTA.from_pretrained(
-        world.llm, world.whisper, adapter, dtype=torch.float32, device="cpu", long_audio=long_audio, **{} if adapter else world.adapter
-    )
+    settings = ({"long_audio": long_audio} if long_audio else {}) | ({} if adapter else world.adapter)
+    return DeSTA.from_pretrained(world.llm, world.whisper, adapter, dtype=torch.float32, device="cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
     for run, text in zip(runs, ("one two", " ", "three")):
         end = int(run[-1]) + 1
         assert int(run[-1] - run[0]) == len(run) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
-    x = model.embed(ids[None], torch.stack(row["mels"]))[0]
+    x = model.embed(ids[None], row["mels"])[0]
     torch.testing.assert_close(x[ids == AUDIO_ID], vectors.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert torch.equal(x[ids != AUDIO_ID], model.llm.embed(ids[ids != AUDIO_ID]))
     # and answers are generated from that very sequence
@@ -229,7 +229,7 @@ def test_transcripts_of_long_clips(splitting, long_clips):
     expected = " ".join(alone[f"long.{i}"] for i in range(3) if alone[f"long.{i}"].strip()) or " "
     assert len(expected) > len(alone["long.0"]) and transcribe_windows(splitting.whisper, clips, 3) == [expected, alone["short.0"]]
     message = {"role": "user", "content": "<|AUDIO|>", "audios": [heard("long", None)]}
-    assert splitting._with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
+    assert splitting.with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
 
 
 class Mute:
@@ -244,6 +244,7 @@ def test_silent_windows_leave_no_gap_in_the_transcript():
 
 
 def test_cutting_names_the_file_and_what_is_lost_once(tiny_world, long_clips, capsys):
+    run.warn.cache_clear()
     model = load(tiny_world, "")
     almost = long_clips / "almost.wav"  # 3.05 s: no window for a rest that short, and no warning
     soundfile.write(almost, np.full(int(3.05 * 16000), 0.1), 16000)
@@ -252,8 +253,8 @@ def test_cutting_names_the_file_and_what_is_lost_once(tiny_world, long_clips, ca
         for name in ("long", "longer", "short"):
             assert torch.equal(model.reader.mels(f"{name}.wav", long_clips), model.reader.mels(f"{name}.0.wav", long_clips))
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"warning: {long_clips}/{name}.wav lasts {total} s: the last {lost} s are not heard (--long_audio split hears them)"
-                     for name, total, lost in (("long", 7.5, 4.5), ("longer", "10.0", "7.0"))]  # fmt: skip
+    assert lines == [f"warning: {long_clips}/{name}.wav lasts {total} s: only the first 3 s are heard (--long_audio split hears all)"
+                     for name, total in (("long", "7.5"), ("longer", "10.0"))]  # fmt: skip
 
 
 def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path):
@@ -271,20 +272,21 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     assert text == transcribe_windows(whisper, [windows], 3, 24)[0] != transcribe_windows(whisper, [windows[:1]], 3, 24)[0]
     options = flags(data=tmp_path / "train.jsonl", eval_data="", out=tmp_path / "out", max_steps=2, global_batch=2, micro_batch=1, standardize=2)
     done = script("train.py", *models, *options, *flags(**tiny_world.adapter), "--long_audio", "split")
-    assert done.status == 0 and "left out" not in done.err and "not heard" not in done.err, done.err
+    assert done.status == 0 and "left out" not in done.err and "are heard" not in done.err, done.err
     model = load(tiny_world, "", tmp_path / "out/adapter")
-    assert model.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
-    assert load(tiny_world, "cut", tmp_path / "out/adapter").long_audio == "cut"
+    assert model.config.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
+    assert load(tiny_world, "cut", tmp_path / "out/adapter").config.long_audio == "cut"
     audio, ask = long_clips / "long.wav", flags(llm=tiny_world.llm, whisper=tiny_world.whisper, adapter=tmp_path / "out/adapter", max_new_tokens=6)
-    messages = [{"role": "user", "content": "<|AUDIO|>\n\nWho?", "audios": [{"audio": audio, "text": None}]}]
-    told = script("model.py", audio, "--prompt", "Who?", "--system", "", *ask)
+    told = script("model.py", audio, "--prompt", "Who?", *ask)
     model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "out/adapter")  # in the dtype that the command chose
+    messages = [*model.config.context, {"role": "user", "content": "<|AUDIO|>\n\nWho?", "audios": [{"audio": audio, "text": None}]}]
     assert (told.status, told.out, told.err) == (0, model.generate(messages, 6)[0] + "\n", "")
-    told = script("model.py", audio, "--prompt", "Who?", "--system", "", *ask, "--long_audio", "cut")
-    assert "the last 4.5 s are not heard" in told.err
+    run.warn.cache_clear()
+    told = script("model.py", audio, "--prompt", "Who?", *ask, "--long_audio", "cut")
+    assert "only the first 3 s are heard" in told.err
     for command in (["train.py", *options, *models], ["generate_data.py", *models, *data[:2], "--out", tmp_path / "x"]):
         failed = script(*command, "--long_audio", "some")
-        assert failed.status == 1 and "'some' is neither cut nor split" in failed.err
+        assert failed.status == 2 and "argument --long_audio: 'some' is none of cut, split" in failed.err
 
 
 # -- LoRA ------------------------------------------------------------------------------------------------------------------
@@ -332,7 +334,8 @@ def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
     loss = model.loss(rows)
     loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"qformer.{name}" for name in dict(model.adapter.named_parameters())} | {
+    unseen = "adapter.qformer.layer.0.crossattention.self.key.bias"  # softmax does not see it: engine/fast.py leaves it out
+    assert with_gradient | {unseen} == {f"adapter.{name}" for name in dict(model.adapter.named_parameters())} | {
         name.replace("llm_model.", "llm.") for name in model.trained() if "lora" in name
     }
     assert all(p.grad.any() for name, p in model.trained().items() if "lora" in name)
@@ -359,7 +362,7 @@ def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
     # an adapter of the official code says use_lora only; its rank is 16
     del config["lora_rank"], config["sha256"]  # edited: no longer the text it was
     (tmp_path / "a/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lora_A.default.weight \(2, 64\), expected \(16, 64\)"):
+    with pytest.raises(ValueError, match=r"lora_A.default.weight \[2, 64\], expected \[16, 64\]"):
         with_lora(tiny_world, 0, tmp_path / "a")
 
 
@@ -412,7 +415,7 @@ def test_sharded_llm_and_checkpointed_activations_change_nothing(tiny_world, une
     options = dict(data=uneven_world, dropout=0.1, eval_rows=1, micro_batch=1, lora_rank=lora_rank)
     assert script(*train_command(tiny_world, tmp_path / "one", **options)).status == 0
     said = torchrun(2, *train_command(tiny_world, tmp_path / "two", shard_llm=1, checkpoint_activations=1, **options))
-    assert said.count("row left out") >= 3
+    assert 3 <= said.count("row left out") <= 6 and "9 rows left out" in said
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -424,7 +427,7 @@ def test_checkpointed_activations_alone(tiny_world):
         model.zero_grad()
         loss = model.loss(rows)
         loss.backward()
-        found.append([loss, *(p.grad.clone() for p in model.adapter.parameters())])
+        found.append([loss, *map(gradient, model.adapter.parameters())])
     assert all(map(torch.equal, *found))
     weights, x, kept = {p.data_ptr() for p in model.parameters()}, torch.randn(3, 50, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -603,7 +606,7 @@ def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
     reference = ReferenceDeSTA(types.SimpleNamespace(llm=tiny_world.llm, whisper=whisper), types.SimpleNamespace(config=size, state_dict=lambda: state))
     load = lambda **dtypes: DeSTA.from_pretrained(tiny_world.llm, whisper, released, device="cpu", **dtypes)
     exact = load(dtype=torch.float32)
-    assert exact.audio_seconds == 30 and exact.long_audio == "cut" and not exact.lora_rank
+    assert exact.config.audio_seconds == 30 and exact.config.long_audio == "cut" and not exact.config.lora_rank
     rows = [row | {"messages": row["messages"]} for row in tiny_world.rows[1:3]]
     mels = [list(exact.reader.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data)) for row in rows]
     with torch.no_grad():
