@@ -25,6 +25,7 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ import soundfile
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import write_atomically, write_json, write_text
 from engine.rows import work_in_blocks
-from engine.run import fail, main, parse_settings, setting, signals_wait
+from engine.run import fail, main, parse_settings, setting
 from engine.weights import read_json
 
 try:
@@ -181,9 +182,24 @@ def make_clip(settings, split, i):
     }
 
 
+@contextlib.contextmanager
+def signals_wait():
+    """Signals that come while the body runs are answered after it, whichever thread they came to."""
+    came = []
+    note = lambda number, frame: came.append(number)
+    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 def write_clip(settings, split, i):
     """-> its metadata row"""
-    # An exception inside espeak's callback would be printed and forgotten.
+    # The signal's exception, inside espeak's callback, would be printed and forgotten.
     with signals_wait():
         wave, row = make_clip(settings, split, i)
     file = io.BytesIO()

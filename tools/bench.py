@@ -40,16 +40,16 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-import whisper as audio  # noqa: E402
-from engine import run  # noqa: E402
-from engine.fast import common_prefix  # noqa: E402
-from engine.run import barrier, gather, setting, sum_over_ranks  # noqa: E402
-from engine.weights import read_json  # noqa: E402
-from llama import Llama, LlamaConfig, generate  # noqa: E402
-from model import AUDIO, AUDIO_ID, DeSTA, DeSTAConfig  # noqa: E402
-from qformer import QFormer, QFormerConfig  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+import train
+import whisper as audio
+from engine import run
+from engine.fast import common_prefix
+from engine.run import barrier, gather, setting, sum_over_ranks
+from engine.weights import read_json
+from llama import Llama, LlamaConfig, generate
+from model import AUDIO, AUDIO_ID, DeSTA, DeSTAConfig
+from qformer import QFormer, QFormerConfig
+from tokenizer import Tokenizer
 
 
 @dataclasses.dataclass

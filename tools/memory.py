@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-from llama import Llama, LlamaConfig, generate  # noqa: E402
-from model import AUDIO_ID, DeSTA, DeSTAConfig  # noqa: E402
-from qformer import QFormer, QFormerConfig  # noqa: E402
-from whisper import Whisper, WhisperConfig  # noqa: E402
+import train
+from llama import Llama, LlamaConfig, generate
+from model import AUDIO_ID, DeSTA, DeSTAConfig
+from qformer import QFormer, QFormerConfig
+from whisper import Whisper, WhisperConfig
 
 SCALING = {
     "factor": 8.0,
