@@ -2,11 +2,11 @@
 eval.py: run a benchmark, write predictions in the form its authors' scorer reads, print the scores
 (paper section 5).
 
-    python eval.py                                                      # the demo's held-out clips
-    torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json --audio_root DIR
-    --llm DIR --whisper DIR --adapter DIR --out P.jsonl python eval.py --task mmau --score P.jsonl
-    # score anybody's predictions: no model needed python eval.py --task mmau --score
-    P.jsonl,COT.jsonl                # several side by side: here without and with --cot 1
+    python eval.py                                              # the demo's held-out clips
+    torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json \\
+        --audio_root DIR --adapter DIR --out P.jsonl
+    python eval.py --task mmau --score P.jsonl                  # anybody's predictions: no model
+    python eval.py --task mmau --score P.jsonl,COT.jsonl        # side by side, say with --cot 1
 
 Tasks are the files of benchmarks/: what to ask and how to score stands there. The last line printed
 is one JSON object.

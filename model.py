@@ -2,16 +2,15 @@
 model.py: DeSTA2.5-Audio, the three parts joined (paper sections 3 and 4).
 
     audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors ┐
-          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM
-          (frozen) -> text
+          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM (frozen)
 
-The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a text
-description of the clip, the LLM writes the training targets. Filled with the audio vectors and the
-transcript, the same LLM has to give the same answers.
+The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a description in
+words, the LLM writes the training targets. Filled with the audio vectors and the transcript, the
+same LLM has to give the same answers.
 
-    python model.py clip.wav                                    # a conversation about the clip;
-    Ctrl-D ends it python model.py clip.wav --prompt "What do you hear?"       # one answer python
-    model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
+    python model.py clip.wav                                    # a conversation about the clip
+    python model.py clip.wav --prompt "What do you hear?"       # one answer
+    python model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
 """
 
 import re
@@ -319,7 +318,7 @@ class DeSTA(torch.nn.Module):
         lora = {LLM_PREFIX + name: p for name, p in llm if ".lora_" in name}
         return dict(self.adapter.named_parameters()) | lora
 
-    # -- from ids and mels to what the LLM reads --------------------------------------------------
+    # -- from ids and mels to what the LLM reads ---------------------------------------------------
 
     def audio_vectors(self, mels):
         """mels (A, n_mels, frames) -> what the LLM reads for each window (A, n_vectors, d_llm)"""
@@ -343,7 +342,7 @@ class DeSTA(torch.nn.Module):
             x.requires_grad_()  # all ranks make the same backward passes, with audio or without
         return x
 
-    # -- training ---------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def losses(self, rows):
         """Cross-entropy of each target token of prepared rows. -> (n_targets,), row after row
@@ -393,7 +392,7 @@ class DeSTA(torch.nn.Module):
         if hidden.requires_grad:
             hidden.sum().backward()
 
-    # -- inference --------------------------------------------------------------------------------
+    # -- inference ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(

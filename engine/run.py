@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import write_text, writing
 
-# -- settings and command line -------------------------------------------------------------------
+# -- settings and command line ---------------------------------------------------------------------
 
 
 def setting(default, help, low=0, high=10**9, choices=None):
@@ -122,7 +122,7 @@ def description(settings):
     }
 
 
-# -- errors, warnings, signals -------------------------------------------------------------------
+# -- errors, warnings, signals ---------------------------------------------------------------------
 
 
 def fail(error):
@@ -328,7 +328,7 @@ def peak_flops(device, dtype):
     return 2 * n**3 / min(times)
 
 
-# -- processes -------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 TIMEOUT = datetime.timedelta(
     minutes=30

@@ -18,7 +18,17 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import ROOT, flags, in_float32, randomize, read_jsonl, script, start, torchrun, write_jsonl
+from conftest import (
+    ROOT,
+    flags,
+    in_float32,
+    randomize,
+    read_jsonl,
+    script,
+    start,
+    torchrun,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA, gradient
 from test_qformer import ReferenceQFormer
