@@ -169,6 +169,8 @@ def predict(s, task):
     if s.task == "heldout":  # asked as the adapter was trained
         asked = lambda row, key: {key: with_context(row[key], model.config.context)}
         rows = [row | asked(row, "messages") | asked(row, "wrong_messages") for row in rows]
+    warnings = run.Tally("warnings about audio files")
+    model.warn = warnings.add
     limit = next(n for n in (s.max_new_tokens, task_limit(task, model)) if n > 0)
     if rank == 0:
         sampling = f"temperature {s.temperature}, top-p {s.top_p}" if s.temperature else "greedy"
@@ -195,7 +197,7 @@ def predict(s, task):
     finished = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
     failed = [row["failed"] for row in finished if "failed" in row]
     finished = [row for row in finished if "failed" not in row]
-    run.barrier()  # all ranks have read the parts
+    warnings.close()  # a barrier too: all ranks have read the parts
     if rank == 0:
         if failed:
             what = f"{len(failed)} of {len(rows)} rows could not be answered and are not scored"

@@ -266,6 +266,7 @@ class DeSTA(torch.nn.Module):
         n_vectors, n_mels = (adapter.n_vectors, whisper.config.num_mel_bins) if whisper else (0, 0)
         self.reader = Reader(tokenizer, n_vectors, n_mels, config.audio_seconds, config.long_audio)
         self.prefix = None, None  # see engine.fast.kept_prefix
+        self.warn = run.warn  # is told of clips that are cut or damaged
 
     @classmethod
     def from_pretrained(
@@ -421,7 +422,7 @@ class DeSTA(torch.nn.Module):
         prompts = []
         for start in range(0, len(conversations), 16):  # the encoders' batch; the LLM has its own
             part = conversations[start : start + 16]
-            rows = [self.reader.read(conversation, root, fill) for conversation in part]
+            rows = [self.reader.read(messages, root, fill, self.warn) for messages in part]
             ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
             x = self.embed(ids, [mel for _, mels in rows for mel in mels])  # (rows, T, d_llm)
             prompts += [x[b, : len(ids)] for b, (ids, _) in enumerate(rows)]
@@ -435,7 +436,9 @@ class DeSTA(torch.nn.Module):
             return conversations
         c = self.config
         files = [a["audio"] for m in conversations for a in audios_of(m) if a.get("text") is None]
-        clips = [audio_windows(file, root, c.audio_seconds, c.long_audio) for file in files]
+        window = c.audio_seconds, c.long_audio
+        silent = lambda text: None  # what is wrong with a file is said when its mels are made
+        clips = [audio_windows(file, root, *window, silent) for file in files]
         texts = iter(transcribe_windows(self.whisper, clips, c.audio_seconds))
 
         def filled(audio):
