@@ -203,7 +203,7 @@ def philharmonia(root):
         instrument, note, _, loudness, articulation = parts
         articulation = [strings.get(word, word) for word in articulation.split("-")]
         attributes = {
-            "Instrument": instrument.replace("-", " "),
+            "Instrument": instrument.replace("-", " ") if note else path.parent.name,
             "Note": re.sub(r"^([A-G])s(\d)$", r"\1#\2", note),
             "Dynamics": dynamics.get(loudness, loudness.replace("-", " ")),
             "Articulation": " ".join(word for word in articulation if word),
@@ -785,11 +785,11 @@ def listing():
         yield f"{name:16}{read.__doc__.splitlines()[0]}"
         yield f"{'':16}{read.url}"
         yield f"{'':16}{read.licence}"
-    yield "python corpora.py NAME tells the layout, python corpora.py NAME FOLDER --out FILE reads it"
+    yield "python corpora.py NAME: its layout; python corpora.py NAME FOLDER --out FILE: read it"
 
 
 def write(out, rows, skipped, facts):
-    """The files of a corpus: OUT.train.metadata.jsonl, …, and OUT.report.json.  -> one line of it"""
+    """Write OUT.train.metadata.jsonl, … and OUT.report.json.  -> what they hold, in one line"""
     stem = out.name.removesuffix(".jsonl").removesuffix(".metadata")
     for split, lines in rows.items():
         checkpoint.write_jsonl(out.with_name(f"{stem}.{split}.metadata.jsonl"), lines)
