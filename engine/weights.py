@@ -16,6 +16,16 @@ Linear, Embedding, Conv1d, LayerNorm = (
     for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.LayerNorm)
 )
 
+# Byte-level BPE files write each byte as one visible character: itself if printable in Latin-1,
+# else the next one from U+0100 on.
+VISIBLE = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+]
+BYTE_OF = {chr(byte): byte for byte in VISIBLE}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in VISIBLE)}
+
 MAKE_OR_FETCH = "make the demo's with `python demo/prepare.py`, or download a Hugging Face folder"
 
 
