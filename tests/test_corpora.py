@@ -118,10 +118,10 @@ def test_philharmonia(tmp_path):
 
 def asterisk_packages(root):
     sounds, docs = root / "usr/share/asterisk/sounds", root / "usr/share/doc"
-    for code, voice, extra in (("en", "en_US_f_Allison", ""), ("it", "it_IT_m_Carlo", "\ufeff")):
+    for code, voice, extra in (("en", "en_US_f_Allison", "; Core Sounds\n\n"), ("it", "it_IT_m_Carlo", "\ufeff")):
         book = docs / f"asterisk-core-sounds-{code}/core-sounds-{code}.txt.gz"
         book.parent.mkdir(parents=True)
-        text = f"{extra}; Core Sounds\n\nadded: Added, {code}.\nbeep: [a tone]\ndigits/1: ... one {code} (a tone: long)\ngone: Gone.\n"
+        text = f"{extra}added: Added, {code}.\nbeep: [a tone]\ndigits/1: ... one {code} (a tone: long)\ngone: Gone.\n"
         book.write_bytes(gzip.compress(text.encode()))
         for name in ("added", "beep", "digits/1", "extra"):
             noise(sounds / voice / f"{name}.wav", rate=8000)
@@ -173,15 +173,15 @@ def test_folder_with_a_split(tmp_path):
 def test_esc50(tmp_path):
     lines(tmp_path / "meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take",
           "1-100032-A-0.wav,1,0,dog,True,100032,A", "5-9032-A-0.wav,5,30,door_wood_knock,False,9032,A",
-          "1-1-A-1.wav,1,1,rooster,False,1,A")  # fmt: skip
-    for name in ("1-100032-A-0", "5-9032-A-0"):
+          "1-1-A-1.wav,1,1,rooster,False,1,A", "1-2-A-1.wav,1,1,,False,2,A")  # fmt: skip
+    for name in ("1-100032-A-0", "5-9032-A-0", "1-2-A-1"):
         noise(tmp_path / f"audio/{name}.wav", seconds=5)
     found, skipped = read("esc50", tmp_path)
     assert found == {
         "audio/1-100032-A-0.wav": ("train", None, {"Audio category": "dog", "Duration": "5s"}),
         "audio/5-9032-A-0.wav": ("test", None, {"Audio category": "door_wood_knock", "Duration": "5s"}),
     }
-    assert skipped == {"missing": ["audio/1-1-A-1.wav"]}
+    assert skipped == {"missing": ["audio/1-1-A-1.wav"], "unlabelled": ["audio/1-2-A-1.wav"]}
 
 
 def test_fsd50k(tmp_path):
@@ -244,10 +244,10 @@ def test_gtzan(tmp_path):
 def test_common_voice(tmp_path):
     header = "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\tvariant\tlocale\tsegment"
     for part, facts in (("train", "thirties\tmale_masculine\tUnited States English"), ("dev", "\t\t"), ("test", "teens\tfemale_feminine\t")):
-        lines(tmp_path / f"{part}.tsv", header, f'{part} speaker\tcv_{part}.mp3\t1\tHe said "yes.\t\t2\t0\t{facts}\t\ten\t')
+        lines(tmp_path / f"{part}.tsv", header, f'{part} speaker\tcv_{part}.mp3\t1\t"Yes, he said.\t\t2\t0\t{facts}\t\ten\t')
         noise(tmp_path / f"clips/cv_{part}.mp3", seconds=1, rate=48000)
     found, _ = read("common_voice", tmp_path)
-    attributes = {split: {k: v for k, v in a.items() if k != "Duration"} for split, text, a in found.values() if text == 'He said "yes.'}
+    attributes = {split: {k: v for k, v in a.items() if k != "Duration"} for split, text, a in found.values() if text == '"Yes, he said.'}
     assert attributes == {
         "train": {"Gender": "male_masculine", "Age": "thirties", "Accent": "United States English"},
         "validation": {}, "test": {"Gender": "female_feminine", "Age": "teens"},
@@ -318,25 +318,28 @@ def test_clips_that_cannot_be_used_are_listed_by_reason(tmp_path):
     lines(tmp_path / "dog/broken.wav", "no sound at all")
     (tmp_path / "dog/empty.wav").touch()
     data = (tmp_path / "dog/good.wav").read_bytes()
-    (tmp_path / "dog/short.wav").write_bytes(data[: len(data) // 2])
+    (tmp_path / "dog/short.wav").write_bytes(data[: len(data) // 3])
+    soundfile.write(tmp_path / "dog/nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     shutil.copy(tmp_path / "dog/good.wav", tmp_path / "dog/same_bytes.wav")
     noise(tmp_path / "cat/same_sound.flac", like=sound)
     noise(tmp_path / "cat/other.wav")
     found, skipped = read("folder", tmp_path)
     assert set(found) == {"cat/same_sound.flac", "cat/other.wav"}
-    assert [line.split(":")[0] for line in skipped.pop("broken")] == ["dog/broken.wav", "dog/empty.wav", "dog/short.wav"]
+    assert [line.split(":")[0] for line in skipped.pop("broken")] == ["dog/broken.wav", "dog/empty.wav", "dog/nan.wav", "dog/short.wav"]
     assert skipped == {
         "silent": ["dog/silent.wav"],
         "duplicate": ["dog/good.wav: as cat/same_sound.flac, with other labels", "dog/same_bytes.wav: as cat/same_sound.flac, with other labels"],
     }
 
 
-def test_of_copies_the_test_parts_stays(tmp_path):
-    sound = noise(tmp_path / "train/dog/a.wav")
-    noise(tmp_path / "test/dog/b.wav", like=sound)
-    noise(tmp_path / "train/dog/c.wav")
-    found, skipped = read("folder", tmp_path)
-    assert set(found) == {"test/dog/b.wav", "train/dog/c.wav"} and skipped == {"duplicate": ["train/dog/a.wav: as test/dog/b.wav"]}
+def test_of_copies_the_one_in_the_test_part_stays(tmp_path):
+    for part in ("development", "validation", "evaluation"):
+        lines(tmp_path / f"clotho_captions_{part}.csv", "file_name,caption_1", "a.wav,A dog.", "b.wav,A cat.")
+        noise(tmp_path / f"{part}/a.wav", seed=0)
+        noise(tmp_path / f"{part}/b.wav")
+    found, skipped = read("clotho", tmp_path)
+    assert set(found) == {"development/b.wav", "validation/b.wav", "evaluation/a.wav", "evaluation/b.wav"}
+    assert skipped == {"duplicate": ["development/a.wav: as evaluation/a.wav", "validation/a.wav: as evaluation/a.wav"]}
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------------
