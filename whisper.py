@@ -5,8 +5,8 @@ DeSTA2.5-Audio (https://arxiv.org/abs/2507.02768) uses a frozen Whisper twice: t
 to four blocks of its encoder, and its transcript is put into the prompt as text. Nothing in this
 file is trained. Weights keep their official Hugging Face names.
 
-    python whisper.py clip.wav                              # weights/whisper-tiny.en (demo/prepare.py)
-    python whisper.py clip.wav --whisper whisper-large-v3   # any folder in the Hugging Face layout
+    python whisper.py clip.wav                # weights/whisper-tiny.en, made by demo/prepare.py
+    python whisper.py clip.wav --whisper DIR  # or any other Whisper in the Hugging Face layout
 
 References: Radford et al. 2022 (https://arxiv.org/abs/2212.04356); openai/whisper audio.py,
 model.py, decoding.py.
@@ -58,7 +58,7 @@ def load_audio(path, max_seconds=None, warn=print_warning):
 
 
 def resample(waveform, rate_in, rate_out):
-    """Band-limited resampling between any two integer rates: windowed sinc, exact ratio, zero phase.
+    """Band-limited resampling between any integer rates: windowed sinc, exact ratio, zero phase.
 
     The pass band ends at 0.9 of the lower Nyquist frequency; the stop band (-100 dB) begins at it.
     waveform: float32 (n,). -> (ceil(n · rate_out / rate_in),)
@@ -198,13 +198,13 @@ class Attention(nn.Module):
         return self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
 
     def forward(self, x, k, v, causal=False):
-        """x (B, T, D) asks; k and v (B, H, S, D/H) answer. They come from x, a cache or the encoder."""
+        """x (B, T, D) looks at k and v (B, H, S, D/H): those of x, a cache, or the encoder."""
         seen = attend(self.split_heads(self.q_proj(x)), k, v, causal=causal)  # (B, H, T, D/H)
         return self.out_proj(seen.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. In the decoder (cross) it is causal and attends to the audio."""
+    """Pre-norm transformer block. In the decoder (cross) it is causal and attends to the audio."""
 
     def __init__(self, d_model, n_heads, d_ffn, cross=False):
         super().__init__()
@@ -430,7 +430,7 @@ class Whisper(nn.Module):
 
 
 class Vocabulary:
-    """What decoding must know of token ids: text, special ones by name, those never to be written."""
+    """What decoding must know of token ids: text, special ones by name, those never written."""
 
     def __init__(self, folder):
         if (folder / "tokenizer.json").is_file():

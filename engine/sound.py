@@ -8,6 +8,7 @@ libsndfile does the decoding. Two kinds of files need more than one call:
   decoded is the clip; an error in the middle is a warning.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -122,18 +123,22 @@ class Sound(soundfile.SoundFile):
         return False
 
 
+@contextlib.contextmanager
 def open_sound(path, n_zeros=0):
     """-> Sound, which of MPEG layers without a count of frames (a "Xing" header) gives all frames.
 
     n_zeros: see LongFile.
     """
-    file = Sound(path)
-    if file.subtype.startswith("MPEG"):
-        start, stop, head = mpeg_stream(path)
-        if b"Xing" not in head and b"Info" not in head:
-            file.close()
-            return Sound(LongFile(path, start, stop, n_zeros))
-    return file
+    with Sound(path) as file:
+        is_counted = True
+        if file.subtype.startswith("MPEG"):
+            start, stop, head = mpeg_stream(path)
+            is_counted = b"Xing" in head or b"Info" in head
+        if is_counted:
+            yield file
+            return
+    with LongFile(path, start, stop, n_zeros) as stream, Sound(stream) as file:
+        yield file
 
 
 def mpeg_stream(path):
