@@ -12,7 +12,8 @@ where the release has such a part) and esc50.report.json: counts, labels, and ev
 left out, by reason. A line of metadata, made of one audio file:
 
     {"id": "audio/1-100032-A-0.wav", "dataset": "esc50", "domain": "sound", "group": "100032",
-     "segments": [{"start": 0.0, "end": 5.0, "attributes": {"Audio category": "dog"}}]}
+     "segments": [{"start": 0.0, "end": 5.0,
+                   "attributes": {"Audio category": "dog", "Duration": "5s"}}]}
 
 The DeSTA2.5-Audio paper (section 3.1, appendix) describes 50 corpora this way. Names and spelling
 of the attributes are those of the published descriptions, DeSTA-AQA5M's field `seed_description`.
