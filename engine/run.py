@@ -368,6 +368,20 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def beside_the_main_thread(device):
+    """A context for work in a thread. On a GPU its kernels run at the same time as the main
+    thread's, and on this device (a thread begins on the first one).
+    """
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(second_stream(device))
+
+
+@functools.cache  # memory that one stream has freed is not given to another
+def second_stream(device):
+    return torch.cuda.Stream(device)
+
+
 def compute_dtype(device):
     """bf16 where the hardware multiplies it (every recent GPU; CPUs with AVX512-BF16 or AMX: 4x
     float32), else float32.
