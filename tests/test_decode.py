@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch._dynamo.backends.common
 import transformers
 from conftest import randomize
 
@@ -126,3 +127,19 @@ def test_whisper_waits_once_a_token(tiny_world, waits, monkeypatch):
     assert len(set(map(len, texts))) > 1 and len(steps) > 10
     # three steps have nothing to read but whether anybody speaks (English: start, no timestamps), the last token needs no step
     assert len(waits) <= len(steps) and set(waits) == {"tolist"}
+
+
+@pytest.mark.parametrize("like_gpus", ["compiled"], indirect=True)
+def test_cuda_graphs_find_everything_where_it_was(like_gpus, pair, monkeypatch):
+    """A tensor that is not known to stay in place is copied before each replay; one that is written to besides makes torch give the graph up."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        found = torch._guards.TracingContext.get().fw_metadata
+        moving = set(range(len(inputs))) - set(found.static_input_indices)
+        graphs.append((moving, sum(info.mutates_data for info in found.input_info)))
+        return graph.forward
+
+    monkeypatch.setattr(decode, "COMPILE", dict(backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=compiler)))
+    decode.generate(pair[1], prompts(6, start=[1, 2]), 20, temperature=1.0, batch_size=3)
+    assert graphs and all(graph == (set(), 2 + 2 * 2) for graph in graphs), "written: token, place, keys and values of two layers"
