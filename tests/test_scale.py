@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -299,6 +300,25 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
         assert failed.status == 2 and "argument --long_audio: 'some' is none of cut, split" in failed.err
 
 
+def test_many_long_clips_are_three_lines_and_a_total(tiny_world, long_clips, tmp_path):
+    """Counted over the data-loading processes of train.py, and in generate_data.py."""
+    names = [f"again{i}.wav" for i in range(8)]
+    for name in names:
+        shutil.copy(long_clips / "long.wav", long_clips / name)
+    segment = {"start": 0, "end": 7.5, "text": "x", "attributes": {"Kind": "kind 1"}}
+    write_jsonl(tmp_path / "metadata.jsonl", [{"id": name, "domain": "speech", "segments": [segment]} for name in names])
+    models = flags(llm=tiny_world.llm, whisper=tiny_world.whisper, audio_root=long_clips)
+    data = flags(metadata=tmp_path / "metadata.jsonl", out=tmp_path / "train.jsonl", instructions=tiny_world.instructions, audio_seconds=3)
+    generated = script("generate_data.py", *models, *data, *flags(keep_truncated=1, block=3))
+    options = flags(data=tmp_path / "train.jsonl", eval_data="", out=tmp_path / "out", max_steps=2, global_batch=4, micro_batch=1, standardize=2, workers=2, max_answer_tokens=99)
+    trained = script("train.py", *models, *options, *flags(**tiny_world.adapter))
+    for done in (generated, trained):
+        assert done.status == 0, done.err
+        lines = [line for line in re.split("[\r\n]+", done.err) if "heard" in line or "warnings" in line]
+        assert [bool(re.search(r"warning: .*/again\d.wav lasts 7.5 s: only the first 3 s are heard", line)) for line in lines] == [True, True, True, False]
+        assert len(set(lines)) == 4 and lines[3] == "8 warnings about audio files"
+
+
 # -- LoRA ------------------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +407,20 @@ def test_lora_dropout_in_training_only(tiny_world):
 
 
 # -- many processes, small cards ---------------------------------------------------------------------------------------------
+
+
+def test_rows_are_prepared_in_any_process(tiny_world, tmp_path):
+    """To a data-loading process go the tokenizer's folder and numbers, not the model; under forkserver, the default of Python 3.14, too."""
+    rows = train.Rows(tiny_world.data / "train.jsonl", load(tiny_world, "").reader, train.Settings(audio_root=str(tiny_world.data)))
+    sent = pickle.dumps(rows)
+    assert len(sent) < 5000
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=list, num_workers=2, multiprocessing_context="forkserver", worker_init_fn=run.ignore_signals)
+    again, loaded = pickle.loads(sent), [row for batch in loader for row in batch]
+    for i, row in enumerate(loaded):
+        for other in (rows[i], again[i]):
+            assert other.keys() == row.keys() and all(map(torch.equal, other["mels"], row["mels"]))
+            assert all(other[key] == row[key] for key in other if key != "mels")
+    assert len(loaded) == 24 and all("ids" in row for row in loaded)
 
 
 def train_command(world, out, **changes):
