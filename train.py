@@ -128,7 +128,7 @@ def start_loader(data, sampler, workers, device):
     """Iterator over the sampler's micro-batches, prepared in `workers` processes."""
     workers = workers if workers >= 0 else 4 * (device.type == "cuda")
     options = dict(num_workers=workers, worker_init_fn=run.ignore_signals, collate_fn=list)
-    with run.signals_wait():  # the main process answers them, when the step is done
+    with run.children_ignore_signals():  # the main process answers them, when the step is done
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, **options))
 
 

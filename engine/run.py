@@ -191,10 +191,8 @@ def ignore_signals(worker=None):
 
 
 @contextlib.contextmanager
-def signals_wait():
-    """Signals that come while the body runs are handled after it. Processes started in it never see
-    them.
-    """
+def children_ignore_signals():
+    """Processes that are started in the body never see SIGTERM and Ctrl-C: they inherit the mask."""
     stopping = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     try:
