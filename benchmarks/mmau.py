@@ -1,11 +1,16 @@
-"""MMAU (Sakshi et al., ICLR 2025): 1,000 (test-mini) multiple-choice questions on sound, music and speech.
+"""
+mmau.py: MMAU (Sakshi et al., ICLR 2025), 1,000 multiple-choice questions (test-mini) on sound,
+music and speech.
 
-Data: github.com/Sakshi113/MMAU `mmau-test-mini.json`, a JSON array, and the folder `test-mini-audios`. The labels were revised several
-times (v05.15.25 changed a quarter of them), so a score means little without the hash of its label file.
+Data: github.com/Sakshi113/MMAU `mmau-test-mini.json`, a JSON array, and the folder
+`test-mini-audios`. The labels were revised several times (v05.15.25 changed a quarter of them), so
+a score means little without the hash of its label file.
 
-Official rule (`evaluation.py` there; the DeSTA authors use the same): by words. An answer is right when it has all words of
-the right choice and none that occur only in a wrong choice. Prompt and 512 greedy tokens: the DeSTA2.5-Audio evaluation (its
-examples/evaluation/MMAU-v05.15.25/inference_desta25_audio.py; two other system prompts occur in that repository).
+Official rule (`evaluation.py` there; the DeSTA authors use the same): an answer is right if it has
+all words of the right choice, and none that only wrong choices have. Prompt and 512 greedy tokens
+are those of the DeSTA2.5-Audio evaluation (its
+examples/evaluation/MMAU-v05.15.25/inference_desta25_audio.py; that repository has two other system
+prompts).
 """
 
 import json
@@ -15,36 +20,47 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.common import chat, mean, percent, require, tally, warn
 
-SYSTEM = 'Focus on the audio clips and instructions. Put your answer in the format "The correct answer is: "___" ".'
+SYSTEM = (
+    "Focus on the audio clips and instructions. "
+    'Put your answer in the format "The correct answer is: "___" ".'
+)
 MAX_NEW_TOKENS = 512
 TASKS = ("sound", "music", "speech")
 LABELS = ("question", "choices", "answer", "task", "difficulty")
 
 
 def prompt(row):
-    choices = [f'"{choice}"' for choice in row["choices"]]
-    listed = ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else choices[0]
+    *others, last = [f'"{choice}"' for choice in row["choices"]]
+    listed = f"{', '.join(others)} or {last}" if others else last
     return f"{row['question']} Choose from the following options: {listed}"
 
 
 def load(path, audio_root, text_only=False, cot=False, system=None, skip_missing=False):
-    """The rows of an official label file; `audio_root` holds `test-mini-audios/`. text_only: each row has a `description` (ours)."""
-    rows = common.read_rows(path)
+    """The rows of an official label file. audio_root: the folder that holds `test-mini-audios/`.
+
+    text_only: the clip is given in words, by the `description` that we add to each row.
+    """
+    rows, system = common.read_rows(path), (system or SYSTEM) + common.COT * cot
+    needed = ("id", "audio_id", "question", "choices", *["description"] * text_only)
     for number, row in enumerate(rows, 1):
-        require(row, ("id", "audio_id", "question", "choices", *["description"] * text_only), f"{path}, row {number}")
-        row["messages"] = chat((system or SYSTEM) + common.COT * cot, prompt(row), [row["audio_id"].removeprefix("./")])
-        if text_only:  # the same prompt, its slot filled with words
+        require(row, needed, f"{path}, row {number}")
+        row["messages"] = chat(system, prompt(row), [row["audio_id"].removeprefix("./")])
+        if text_only:
             row["messages"][1]["audios"][0]["description"] = row["description"]
         row |= {"id": str(row["id"])} | ({"cot": True} if cot else {})
     return common.check(rows, audio_root, skip_missing)
 
 
 def with_answer(row, text):
-    """`model_output` as the model said it, `model_prediction` as it is scored; after reasoning only the last answer counts."""
+    """The row with `model_output`, what the model said, and `model_prediction`, what is scored:
+    after reasoning (cot) only its last answer.
+    """
     prediction = text.replace("The correct answer is: ", "").strip()
     if row.get("cot"):
-        prediction = re.split(r"(?i)the correct answer is:?", text)[-1].strip().split("\n")[0] or prediction
-    return {key: value for key, value in row.items() if key != "messages"} | {"model_output": text, "model_prediction": prediction}
+        last = re.split(r"(?i)the correct answer is:?", text)[-1]
+        prediction = last.strip().split("\n")[0] or prediction
+    said = {"model_output": text, "model_prediction": prediction}
+    return common.without(row, "messages") | said
 
 
 def dump(rows, path):
@@ -70,7 +86,11 @@ def is_right(prediction, answer, choices):
 
 
 def score(rows, judge=None, labels=None, key="model_prediction"):
-    """Accuracies in percent. `labels`: the label file, to name its hash and refuse predictions made on another revision."""
+    """Accuracies in percent.
+
+    labels: the label file, whose hash is given; predictions for another revision are not scored.
+    key: the field that holds the prediction.
+    """
     if all(key not in row for row in rows) and any("model_output" in row for row in rows):
         warn(f"no row has {key}; the raw model_output is scored")
         key = "model_output"
@@ -87,19 +107,27 @@ def score(rows, judge=None, labels=None, key="model_prediction"):
             warn(f"{skipped[why]} rows are not scored: {why}")
     if not rows:
         raise ValueError(f"nothing to score: {skipped} (a prediction is read from the key {key})")
-    hashes["scored_rows"] = common.sha256(json.dumps(sorted([row["id"], *map(row.get, LABELS)] for row in rows), ensure_ascii=False).encode())
+    scored = sorted([row["id"], *map(row.get, LABELS)] for row in rows)
+    hashes["scored_rows"] = common.sha256(json.dumps(scored, ensure_ascii=False).encode())
     for row in rows:
-        require(row, ("choices", "task", "difficulty"), f"row {row['id']}")
+        where = f"row {row['id']}"
+        require(row, ("choices", "task", "difficulty"), where)
         if row["task"] not in TASKS:
-            raise ValueError(f"row {row['id']}: unknown task {row['task']!r}, expected one of {', '.join(TASKS)}")
+            known = ", ".join(TASKS)
+            raise ValueError(f"{where}: unknown task {row['task']!r}, expected one of {known}")
     right = [is_right(row[key], row["answer"], row["choices"]) for row in rows]
     by = {}
     for field in ("task", "difficulty", "sub-category"):
-        by[field] = tally((str(row[field]), ok) for row, ok in zip(rows, right) if row.get(field) is not None)
+        pairs = [(row.get(field), ok) for row, ok in zip(rows, right)]
+        by[field] = tally((str(name), ok) for name, ok in pairs if name is not None)
+    chance = {}  # of a choice drawn at random
+    for name in ("total", *TASKS):
+        odds = [1 / len(row["choices"]) for row in rows if name in ("total", row["task"])]
+        if odds:
+            chance[name] = round(100 * mean(odds), 2)
     total = {"accuracy": percent(sum(right), len(rows)), "correct": sum(right), "n": len(rows)}
-    guess = {name: [1 / len(row["choices"]) for row in rows if name in ("total", row["task"])] for name in ("total", *TASKS)}
-    chance = {name: round(100 * mean(odds), 2) for name, odds in guess.items() if odds}  # a choice drawn at random
-    return {"total": total, "chance": chance} | by | {"skipped": skipped, "prediction_key": key, "labels_sha256": hashes}
+    source = {"skipped": skipped, "prediction_key": key, "labels_sha256": hashes}
+    return {"total": total, "chance": chance} | by | source
 
 
 def summary(scores):

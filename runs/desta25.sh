@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# The paper's recipe: Llama-3.1-8B-Instruct, Whisper-large-v3, a 6-layer Q-Former with 64 queries, 5 epochs of 5 million rows on 8 GPUs.
+# The paper: Llama-3.1-8B-Instruct, Whisper-large-v3, a 6-layer Q-Former with 64 queries, 5 epochs of 5 million rows, 8 GPUs.
+# The values are the recipe "paper" of recipes.py.
 #
-#   LLM=… WHISPER=… DATA=… AUDIO_ROOT=… bash runs/desta25.sh
-#   several nodes: NODES=4 HEAD=node0:29500 bash runs/desta25.sh      the same command on each; OUT on a disk that all of them see
-#   cards of 24 GB: … bash runs/desta25.sh --shard_llm 1 --checkpoint_activations 1      python runs/memory.py says what fits where
-#   the paper's comparison with LoRA: … bash runs/desta25.sh --lora_rank 16
+#   LLM=… WHISPER=… METADATA=F.jsonl INSTRUCTIONS=DIR AUDIO_ROOT=… bash runs/desta25.sh      make the targets, then train
+#   LLM=… WHISPER=… DATA=DeSTA-AQA5M AUDIO_ROOT=… bash runs/desta25.sh                       train on the published targets
+#   several nodes: NODES=4 HEAD=node0:29500 …, the same command on each; OUT on a disk that all of them see
+#   cards of 24 GB: … bash runs/desta25.sh --shard_llm 1 --checkpoint_activations 1          docs/scale.md says what fits
 #
-# DATA: the folder of DeSTA-AQA5M's JSONL files, or some of them with commas between. A stopped run continues by the same command.
-# Global batch 96 = 12 rows x 8 GPUs; more GPUs take fewer rows each, fewer GPUs accumulate.
+# What follows the script's name goes to train.py. A stopped run continues by the same command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-NODES=${NODES:-1} HEAD=${HEAD:-localhost:29500} GPUS=${GPUS:-8}
-SHARE=$((96 / (NODES * GPUS)))
-MICRO=${MICRO:-$((SHARE < 12 ? SHARE : 12))}
-torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --rdzv_backend=c10d --rdzv_endpoint="$HEAD" train.py \
-    --llm "$LLM" --whisper "$WHISPER" --data "$DATA" --eval_data '' --audio_root "$AUDIO_ROOT" --out "${OUT:-out/desta25}" \
-    --n_layers 6 --n_queries 64 --audio_seconds 30 --dropout 0.1 --standardize 0 \
-    --lr 1e-4 --warmup 2000 --epochs 5 --global_batch 96 --micro_batch "$MICRO" --length_pool 32 --save_every 1000 "$@"
+NODES=${NODES:-1} GPUS=${GPUS:-8} OUT=${OUT:-out/desta25}
+run() { torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --rdzv_backend=c10d --rdzv_endpoint="${HEAD:-localhost:29500}" "$@"; }
+common=(--recipe paper --llm "$LLM" --whisper "$WHISPER" --audio_root "$AUDIO_ROOT")
+
+if [ -z "${DATA:-}" ]; then
+    DATA=$OUT/targets.jsonl
+    run generate_data.py "${common[@]}" --metadata "$METADATA" --instructions "$INSTRUCTIONS" --out "$DATA"
+fi
+SHARE=$((96 / (NODES * GPUS))) # rows of a GPU in a step: at most 12 at once, fewer on more GPUs
+run train.py "${common[@]}" --data "$DATA" --eval_data "${EVAL_DATA:-}" --out "$OUT" --micro_batch $((SHARE < 12 ? SHARE : 12)) "$@"

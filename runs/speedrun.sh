@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The whole method on a laptop: two CPU cores, a quarter of an hour after the downloads, no model hub, no GPU.
 #
-#   bash runs/speedrun.sh                 from a fresh clone; a second run skips what is done, Ctrl-C loses nothing finished
-#   CLIPS=48 TEST_CLIPS=24 STEPS=3 bash runs/speedrun.sh      a few dozen rows, to see that everything works (CI runs this)
+#   bash runs/speedrun.sh        from a fresh clone; a second run skips what is done, Ctrl-C loses nothing finished
+#   CLIPS=48 TEST_CLIPS=24 STEPS=3 DATA=data/few OUT=out/few bash runs/speedrun.sh      to see that everything works (CI)
 #
+# All values are the scripts' defaults, the recipe "demo" of recipes.py.
 # Leaves weights/, data/demo/, out/demo/ (adapter, log, predictions, report.html).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CLIPS=${CLIPS:-1500} TEST_CLIPS=${TEST_CLIPS:-150} TARGETS=${TARGETS:-1100} EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-260} DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
+DATA=${DATA:-data/demo} OUT=${OUT:-out/demo}
 
 step() { # step "name" command...: say what runs, run it, say how long it took
     local start=$SECONDS
@@ -23,15 +24,15 @@ if [ ! -f .venv/ready ]; then
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 # One process per core: on CPUs two processes do almost twice the work of one process with two threads (LOG.md).
-PROCESSES=${PROCESSES:-2}
 export OMP_NUM_THREADS=1
-run() { torchrun --standalone --nproc_per_node="$PROCESSES" "$@"; }
+run() { torchrun --standalone --nproc_per_node="${PROCESSES:-2}" "$@"; }
 
-step "weights and clips" python demo/prepare.py --data_dir "$DATA" --n_train "$CLIPS" --n_test "$TEST_CLIPS"
+step "weights and clips" python demo/prepare.py --data_dir "$DATA" ${CLIPS:+--n_train "$CLIPS"} ${TEST_CLIPS:+--n_test "$TEST_CLIPS"}
 begin=$SECONDS # what follows needs no network
 step "held-out targets" run generate_data.py --metadata "$DATA/test.metadata.jsonl" --audio_root "$DATA" --out "$DATA/test.jsonl"
-step "targets" run generate_data.py --metadata "$DATA/train.metadata.jsonl" --audio_root "$DATA" --out "$DATA/train.jsonl" --limit "$TARGETS"
-step "training" run train.py --data "$DATA/train.jsonl" --eval_data "$DATA/test.jsonl" --audio_root "$DATA" --out "$OUT" --epochs "$EPOCHS" --max_steps "$STEPS"
+step "targets" run generate_data.py --metadata "$DATA/train.metadata.jsonl" --audio_root "$DATA" --out "$DATA/train.jsonl"
+step "training" run train.py --data "$DATA/train.jsonl" --eval_data "$DATA/test.jsonl" --audio_root "$DATA" --out "$OUT" \
+    ${EPOCHS:+--epochs "$EPOCHS"} ${STEPS:+--max_steps "$STEPS"}
 step "evaluation" run eval.py --data "$DATA/test.jsonl" --audio_root "$DATA" --adapter "$OUT/adapter" --out "$OUT/predictions.jsonl"
 step "report" python demo/report.py --data_dir "$DATA" --out "$OUT"
 printf '\nAll steps after the clips took %d s. Open %s/report.html\n' $((SECONDS - begin)) "$OUT"

@@ -1,9 +1,9 @@
-"""bench.py: every comparison runs, both sides agree (bench.py asserts it in float32), and the last line is one JSON object."""
+"""tools/bench.py: every comparison runs, both sides agree (bench.py asserts it in float32), and the last line is one JSON object."""
 
 import json
 
 import pytest
-from conftest import ROOT, flags, script, torchrun
+from conftest import flags, script, torchrun
 
 RANDOM = ["--llm", "random:tiny", "--whisper", "random:tiny-whisper", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
 TINY = {
@@ -19,7 +19,7 @@ TINY = {
 def results(tmp_path_factory):
     """{name: (its JSON line, what it printed)}, run once each"""
     out = tmp_path_factory.mktemp("bench") / "bench.jsonl"
-    done = {name: script("bench.py", name, *RANDOM, "--out", out, *more) for name, more in TINY.items()}
+    done = {name: script("tools/bench.py", name, *RANDOM, "--out", out, *more) for name, more in TINY.items()}
     assert all(d.status == 0 for d in done.values()), {name: d.err for name, d in done.items()}
     return {name: json.loads(d.out.splitlines()[-1]) for name, d in done.items()} | {"file": out}
 
@@ -47,7 +47,7 @@ def test_train_step_agrees_with_the_official_composition(results):
 
 @pytest.mark.slow
 def test_train_step_takes_less_memory_than_the_official_composition(smollm2_folder, tiny_en_folder, tmp_path):
-    done = script("bench.py", "train", *flags(llm=smollm2_folder, whisper=tiny_en_folder, batches=4, repeats=1, out=tmp_path / "bench.jsonl"))
+    done = script("tools/bench.py", "train", *flags(llm=smollm2_folder, whisper=tiny_en_folder, batches=4, repeats=1, out=tmp_path / "bench.jsonl"))
     r = json.loads(done.out.splitlines()[-1])
     assert abs(r["losses"][0] - r["losses"][1]) < 1e-2 * r["losses"][0] and r["peer_peak_bytes"] > 1.2 * r["ours_peak_bytes"] > 1e8
 
@@ -56,17 +56,16 @@ def test_data(results):
     assert all(results["audio"][name]["times_real_time"] > 1 for name in ("16000.wav", "44100.mp3", "44101.wav"))
 
 
-def test_growth_is_drawn(results, tmp_path, monkeypatch):
+def test_growth_is_drawn(results, tmp_path):
     assert {p["axis"] for p in results["growth"]["points"]} == {"batch", "prompt length", "rows"}
-    monkeypatch.chdir(tmp_path)
-    done = script("runs/plot_speed.py", results["file"])
-    assert done.status == 0 and "</svg>" in (tmp_path / "assets" / "speed.svg").read_text(encoding="utf-8"), done.err
+    done = script("tools/plot.py", "--speed", results["file"], "--out", tmp_path / "new" / "speed.svg")
+    assert done.status == 0 and "</svg>" in (tmp_path / "new" / "speed.svg").read_text(encoding="utf-8"), done.err
 
 
 @pytest.mark.parametrize("name", ["generate", "train"])
 def test_two_processes_share_our_side(name, results, tmp_path):
     out = tmp_path / "bench.jsonl"
-    torchrun(2, "bench.py", name, *RANDOM, "--out", out, *TINY[name])
+    torchrun(2, "tools/bench.py", name, *RANDOM, "--out", out, *TINY[name])
     r, one = json.loads(out.read_text()), results[name]
     assert r["processes"] == 2 and r["device"].startswith("2 × CPU") and r["ratio"] > 0
     for key in ("same_answers", "new_tokens", "prompt_tokens") if name == "generate" else ():
@@ -77,13 +76,13 @@ def test_two_processes_share_our_side(name, results, tmp_path):
 
 @pytest.mark.slow
 def test_load_in_fresh_processes(tiny_world):
-    done = script("bench.py", "load", "--llm", tiny_world.llm, "--whisper", tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
+    done = script("tools/bench.py", "load", "--llm", tiny_world.llm, "--whisper", tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
                   "--device", "cpu", "--out", tiny_world.folder / "bench.jsonl")  # fmt: skip
     seconds = json.loads(done.out.splitlines()[-1])["seconds"]
     assert 0 < seconds["torch alone"] < seconds["peer"] and seconds["ours"] > 0
 
 
 def test_without_a_name_it_says_what_there_is():
-    done = script("bench.py")
+    done = script("tools/bench.py")
     assert done.status == 1 and "generate|train|encode|audio|load" in done.err
-    assert (ROOT / "bench.py").is_file() and "--peer_batches" in script("bench.py", "--help").out
+    assert "--peer_batches" in script("tools/bench.py", "--help").out

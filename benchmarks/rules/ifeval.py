@@ -1,9 +1,12 @@
-"""The 25 rules of Google's IFEval (Zhou et al. 2023), strict and loose. Used by voicebench.py as they are, by speech_ifeval.py with changes.
+"""
+ifeval.py: the 25 rules of Google's IFEval (Zhou et al. 2023), strict and loose. voicebench.py uses
+them as they are, speech_ifeval.py with changes.
 
-Checked against google-research/instruction_following_eval `instructions.py` and `evaluation_main.py`. A rule is a function of the
-answer and its keyword arguments; it returns True, False, or None when it cannot be decided here: the three language rules need the
-package langdetect, and without it such an instruction is counted as not scored. (langdetect draws random numbers; a fixed seed
-makes our result repeatable, the official one is not.)
+Checked against google-research/instruction_following_eval `instructions.py` and
+`evaluation_main.py`. A rule is a function of the answer (`t` below) and its keyword arguments. It
+returns True, False, or None if it cannot be decided here: the three language rules need the package
+langdetect, and without it such an instruction is counted as not scored. (langdetect draws random
+numbers; a fixed seed makes our result repeatable, the official one is not.)
 """
 
 import json
@@ -31,7 +34,7 @@ def is_language(text, language):
         return None
     try:
         return package.detect(text) == language
-    except package.LangDetectException:  # no letters to go by: the official rule counts it as followed
+    except package.LangDetectException:  # no letters: the official rule counts it as followed
         return True
 
 
@@ -46,14 +49,18 @@ def count(pattern, text, flags=0):
 
 
 def paragraphs(text, pattern):
-    """How many pieces `pattern` cuts, blank ones at either end not counted; None when a blank one lies inside."""
-    pieces = [bool(piece.strip()) for piece in re.split(pattern, text)]
-    return None if not all(pieces[1:-1]) else len(pieces) - (not pieces[0]) - (len(pieces) > 1 and not pieces[-1])
+    """The number of pieces that `pattern` cuts, without a blank first and last one; None where a
+    blank one stands between others.
+    """
+    filled = [bool(piece.strip()) for piece in re.split(pattern, text)]
+    if not all(filled[1:-1]):
+        return None
+    return len(filled) - (not filled[0]) - (len(filled) > 1 and not filled[-1])
 
 
 def is_json(text):
     text = text.strip()
-    for fence in ("```json", "```Json", "```JSON", "```"):  # one after the other, so ```json``` loses both
+    for fence in ("```json", "```Json", "```JSON", "```"):  # in turn: ```json``` loses both
         text = text.removeprefix(fence)
     try:
         json.loads(text.removesuffix("```").strip())
@@ -87,9 +94,9 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
 
 
 def two_responses(text):
-    pieces = text.split("******")
-    filled = [piece.strip() for piece in pieces if piece.strip()]
-    return all(piece.strip() for piece in pieces[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
+    pieces = [piece.strip() for piece in text.split("******")]
+    filled = [piece for piece in pieces if piece]
+    return all(pieces[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
 
 
 def is_quoted(text):
@@ -99,29 +106,51 @@ def is_quoted(text):
 
 RULES = {
     "keywords:existence": lambda t, keywords: all(re.search(word, t, re.I) for word in keywords),
-    "keywords:frequency": lambda t, keyword, frequency, relation: compare(count(keyword.strip(), t, re.I), relation, frequency),
-    "keywords:forbidden_words": lambda t, forbidden_words: not any(re.search(rf"\b{word}\b", t, re.I) for word in forbidden_words),
+    "keywords:frequency": lambda t, keyword, frequency, relation: compare(
+        count(keyword.strip(), t, re.I), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda t, forbidden_words: (
+        not any(re.search(rf"\b{word}\b", t, re.I) for word in forbidden_words)
+    ),
     "keywords:letter_frequency": lambda t, letter, let_frequency, let_relation: compare(
         t.lower().count(letter.strip().lower()), let_relation, let_frequency
     ),
     "language:response_language": lambda t, language: is_language(t, language),
-    "length_constraints:number_sentences": lambda t, num_sentences, relation: compare(len(sentences(t)), relation, num_sentences),
-    "length_constraints:number_paragraphs": lambda t, num_paragraphs: paragraphs(t, r"\s?\*\*\*\s?") == num_paragraphs,
-    "length_constraints:number_words": lambda t, num_words, relation: compare(count(r"\w+", t), relation, num_words),
+    "length_constraints:number_sentences": lambda t, num_sentences, relation: compare(
+        len(sentences(t)), relation, num_sentences
+    ),
+    "length_constraints:number_paragraphs": lambda t, num_paragraphs: (
+        num_paragraphs == paragraphs(t, r"\s?\*\*\*\s?")
+    ),
+    "length_constraints:number_words": lambda t, num_words, relation: compare(
+        count(r"\w+", t), relation, num_words
+    ),
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
-    "detectable_content:number_placeholders": lambda t, num_placeholders: count(r"\[.*?\]", t) >= num_placeholders,
-    "detectable_content:postscript": lambda t, postscript_marker: has_postscript(t, postscript_marker.strip()),
-    "detectable_format:number_bullet_lists": lambda t, num_bullets: num_bullets == count(r"^\s*\*[^*].*$", t, re.M) + count(r"^\s*-.*$", t, re.M),
+    "detectable_content:number_placeholders": lambda t, num_placeholders: (
+        num_placeholders <= count(r"\[.*?\]", t)
+    ),
+    "detectable_content:postscript": lambda t, postscript_marker: has_postscript(
+        t, postscript_marker.strip()
+    ),
+    "detectable_format:number_bullet_lists": lambda t, num_bullets: (
+        num_bullets == count(r"^\s*\*[^*].*$", t, re.M) + count(r"^\s*-.*$", t, re.M)
+    ),
     "detectable_format:constrained_response": lambda t: any(option in t for option in OPTIONS),
-    "detectable_format:number_highlighted_sections": lambda t, num_highlights: highlights(t) >= num_highlights,
+    "detectable_format:number_highlighted_sections": lambda t, num_highlights: (
+        num_highlights <= highlights(t)
+    ),
     "detectable_format:multiple_sections": lambda t, section_spliter, num_sections: (
         num_sections <= count(rf"\s?{section_spliter.strip()}\s?\d+\s?", t)
     ),
     "detectable_format:json_format": is_json,
     "detectable_format:title": has_title,
     "combination:two_responses": two_responses,
-    "combination:repeat_prompt": lambda t, prompt_to_repeat: t.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-    "startend:end_checker": lambda t, end_phrase: t.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "combination:repeat_prompt": lambda t, prompt_to_repeat: (
+        t.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda t, end_phrase: (
+        t.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
     "change_case:capital_word_frequency": lambda t, capital_frequency, capital_relation: compare(
         capital_words(t), capital_relation, capital_frequency
     ),
@@ -133,13 +162,21 @@ RULES = {
 
 
 def arguments(kwargs, index):
-    """The arguments of one instruction: `kwargs` is a list of dicts, or one dict; released files fill the rest with null."""
-    kwargs = kwargs[index] if isinstance(kwargs, list) and index < len(kwargs) else kwargs
-    return {key: value for key, value in kwargs.items() if value is not None} if isinstance(kwargs, dict) else {}
+    """The arguments of instruction number `index`. kwargs: a list of dicts, or one dict; released
+    files set to null what an instruction does not take.
+    """
+    if isinstance(kwargs, list) and index < len(kwargs):
+        kwargs = kwargs[index]
+    if not isinstance(kwargs, dict):
+        return {}
+    return {key: value for key, value in kwargs.items() if value is not None}
 
 
 def follows(row, rules, variants):
-    """[True | False | None] per instruction of a row: does some variant of the answer follow it? Blank ones never do."""
+    """Does one of the variants of the answer follow it? A blank one never does.
+
+    -> [True, False or None for each instruction of the row]
+    """
     results = []
     for index, name in enumerate(row["instruction_id_list"]):
         if name not in rules:
@@ -154,7 +191,9 @@ def follows(row, rules, variants):
 
 
 def loose(text):
-    """The answer and seven easier ones: without its first, last, or both lines, each also without asterisks."""
+    """The answer and seven easier ones: without its first line, its last, and both, and these four
+    without asterisks.
+    """
     lines = text.split("\n")
     cut = [text] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
     return cut + [part.replace("*", "") for part in cut]

