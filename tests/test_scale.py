@@ -411,9 +411,11 @@ def test_lora_dropout_in_training_only(tiny_world):
 
 def test_rows_are_prepared_in_any_process(tiny_world, tmp_path):
     """To a data-loading process go the tokenizer's folder and numbers, not the model; under forkserver, the default of Python 3.14, too."""
-    rows = train.Rows(tiny_world.data / "train.jsonl", load(tiny_world, "").reader, train.Settings(audio_root=str(tiny_world.data)))
+    reader, settings = load(tiny_world, "").reader, train.Settings(audio_root=str(tiny_world.data))
+    many = train.Rows(write_jsonl(tmp_path / "many.jsonl", [{"i": i} for i in range(5000)]), reader, settings)
+    assert len(pickle.dumps(many)) < 5000
+    rows = train.Rows(tiny_world.data / "train.jsonl", reader, settings)
     sent = pickle.dumps(rows)
-    assert len(sent) < 5000
     loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=list, num_workers=2, multiprocessing_context="forkserver", worker_init_fn=run.ignore_signals)
     again, loaded = pickle.loads(sent), [row for batch in loader for row in batch]
     for i, row in enumerate(loaded):
