@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA, gradient
 from test_qformer import ReferenceQFormer
 
+import generate_data
 import llama
 import train
 from engine import rows as engine_rows
@@ -213,9 +214,9 @@ def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
     vectors = torch.cat([model.audio_vectors(model.reader.mels(name, long_clips)) for name in windows])  # (8, n, d)
     ids, transcript = torch.tensor(row["ids"]), lambda text: model.tokenizer.encode(text, special=False)
     runs = [list(group) for group in torch.arange(len(ids))[ids == AUDIO_ID].split([3 * n, n, 4 * n])]
-    for run, text in zip(runs, ("one two", " ", "three")):
-        end = int(run[-1]) + 1
-        assert int(run[-1] - run[0]) == len(run) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
+    for places, text in zip(runs, ("one two", " ", "three")):
+        end = int(places[-1]) + 1
+        assert int(places[-1] - places[0]) == len(places) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
     x = model.embed(ids[None], row["mels"])[0]
     torch.testing.assert_close(x[ids == AUDIO_ID], vectors.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert torch.equal(x[ids != AUDIO_ID], model.llm.embed(ids[ids != AUDIO_ID]))
@@ -703,9 +704,13 @@ def test_recipe_of_the_paper(tmp_path):
     assert launcher == ["--nnodes=1", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29500"]
     settings = run.parse_settings(train.Settings, "", [part for name, value in given.items() for part in (f"--{name}", value)])
     assert (settings.llm, settings.data, settings.eval_data, settings.micro_batch, settings.global_batch) == ("L", "D", "", 12, 96)
-    for field in dataclasses.fields(train.Settings):  # "…; paper: 6" in the help of a setting
-        if said := re.search(r"paper: ([\d.e-]+\d)", field.metadata["help"]):
-            assert getattr(settings, field.name) == float(said[1]), field.name
+    papers = {field.name: field.metadata["values"]["paper"] for field in dataclasses.fields(train.Settings) if "paper" in field.metadata["values"]}
+    assert len(papers) > 15 and papers == {name: getattr(settings, name) for name in papers}
     launcher, given = called("--shard_llm", "1", NODES="4", HEAD="node0:29500")
     assert "--nnodes=4" in launcher and "--rdzv_endpoint=node0:29500" in launcher and (given["micro_batch"], given["shard_llm"]) == ("3", "1")
     assert [called(GPUS=gpus)[1]["micro_batch"] for gpus in ("1", "4", "16")] == ["12", "12", "6"]
+    before, given = called(DATA="", METADATA="M", INSTRUCTIONS="I", OUT="O")  # without targets they are made first
+    made = before[before.index("generate_data.py") + 1 :]
+    settings = run.parse_settings(generate_data.Settings, "", made[: made.index("--out") + 2])
+    assert (settings.recipe, settings.metadata, settings.instructions, settings.max_new_tokens) == ("paper", "M", "I", 300)
+    assert settings.out == given["data"] == "O/targets.jsonl"
