@@ -217,7 +217,8 @@ class Tally:
 
     def add(self, text):
         self.n += 1
-        if len(self.seen) < 3 and text not in self.seen:
+        first_rank = int(os.environ.get("RANK", 0)) == 0
+        if first_rank and len(self.seen) < 3 and text not in self.seen:
             self.seen.append(text)
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
