@@ -2,11 +2,11 @@
 eval.py: run a benchmark, write predictions in the form its authors' scorer reads, print the scores
 (paper section 5).
 
-    python eval.py                                                      # the demo's held-out clips
-    torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json --audio_root DIR
-    --llm DIR --whisper DIR --adapter DIR --out P.jsonl python eval.py --task mmau --score P.jsonl
-    # score anybody's predictions: no model needed python eval.py --task mmau --score
-    P.jsonl,COT.jsonl                # several side by side: here without and with --cot 1
+    python eval.py                                              # the demo's held-out clips
+    torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json \\
+        --audio_root DIR --adapter DIR --out P.jsonl
+    python eval.py --task mmau --score P.jsonl                  # anybody's predictions: no model
+    python eval.py --task mmau --score P.jsonl,COT.jsonl        # side by side, say with --cot 1
 
 Tasks are the files of benchmarks/: what to ask and how to score stands there. The last line printed
 is one JSON object.
@@ -169,6 +169,8 @@ def predict(s, task):
     if s.task == "heldout":  # asked as the adapter was trained
         asked = lambda row, key: {key: with_context(row[key], model.config.context)}
         rows = [row | asked(row, "messages") | asked(row, "wrong_messages") for row in rows]
+    warnings = run.Tally("warnings about audio files")
+    model.warn = warnings.add
     limit = next(n for n in (s.max_new_tokens, task_limit(task, model)) if n > 0)
     if rank == 0:
         sampling = f"temperature {s.temperature}, top-p {s.top_p}" if s.temperature else "greedy"
@@ -195,7 +197,7 @@ def predict(s, task):
     finished = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
     failed = [row["failed"] for row in finished if "failed" in row]
     finished = [row for row in finished if "failed" not in row]
-    run.barrier()  # all ranks have read the parts
+    warnings.close()  # a barrier too: all ranks have read the parts
     if rank == 0:
         if failed:
             what = f"{len(failed)} of {len(rows)} rows could not be answered and are not scored"

@@ -1,19 +1,18 @@
 """
-generate_data.py: let the frozen LLM write its own training targets (paper section 3.1). The part
-the authors did not release.
+generate_data.py: let the frozen LLM write its own training targets (paper section 3.1).
 
-metadata row -> description "[00:00-00:05] Hello world (Gender: female)" -> an instruction drawn
-from the pool of its domain
--> what the LLM answers to description + instruction (temperature 0.05, top-p 1.0) -> one training
-row.
+This is the part that the authors did not release:
+    metadata row -> description "[00:00-00:05] Hello world (Gender: female)"
+    -> an instruction, drawn from the pool of the clip's domain
+    -> what the LLM answers to description + instruction, at temperature 0.05 -> a training row
 
-    python generate_data.py              # the demo: data/demo/{train,test}.metadata.jsonl
-    torchrun --nproc_per_node=8 generate_data.py --llm DIR --whisper DIR --metadata F.jsonl \
-        --audio_root DIR --out F.jsonl
+    python generate_data.py                                     # the demo
+    torchrun --nproc_per_node=8 generate_data.py --recipe paper --llm DIR --whisper DIR \\
+        --metadata F.jsonl --audio_root DIR --instructions DIR --out F.jsonl
 
-Rows are made in blocks; a finished block is one file in OUT.parts/. A killed job therefore
-continues where it stopped, on any number of processes, and ends with the same rows, for a block's
-result depends on its rows and the seed alone.
+Rows are made in blocks; a finished block is one file in OUT.parts/. A killed job continues where it
+stopped, on any number of processes, and ends with the same rows: a block's result depends on its
+rows and the seed alone.
 
 The answers may also come from another engine (vLLM, TensorRT-LLM, an API), which is what they are
 made for. The same command with --export prompts.jsonl writes one line per row, {"id", "clip",
@@ -96,7 +95,7 @@ class Settings:
     seed: int = setting(0, "of the drawn instructions and of sampling")
 
 
-# -- a clip in words -------------------------------------------------------------------
+# -- a clip in words -------------------------------------------------------------------------------
 
 
 def clock(seconds):
@@ -135,7 +134,7 @@ def read_instructions(folder):
     return pools
 
 
-# -- from a clip to training rows -------------------------------------------------------------------
+# -- from a clip to training rows ------------------------------------------------------------------
 
 
 @dataclass
@@ -283,7 +282,7 @@ class Job:
         return {"id": id, "clip": clip, "prompt": text, "prompt_token_ids": prompt}
 
 
-# -- all clips -------------------------------------------------------------------
+# -- all clips -------------------------------------------------------------------------------------
 
 
 def merge(parts, out, keep_truncated, description):

@@ -1,13 +1,13 @@
 """
-llama.py: the frozen LLM, written by hand: decoder-only transformer, loading, batched generation.
+llama.py: the frozen LLM, written by hand: a decoder-only transformer, and its loading.
 
 Reads any Hugging Face folder of the Llama family (Llama-3.1/3.2, SmolLM2) and its two close
 relatives, Qwen2.5 (q/k/v biases) and Qwen3 (q/k norms), which differ by fields of config.json only.
-Attribute names below are the names in the official safetensors files, so that no mapping table
-stands between the file and the code.
+Attribute names are those in the official safetensors files, so that no mapping table stands between
+the file and the code. `generate`, batched, comes from engine/decode.py.
 
-    python llama.py "Why is the sky blue?"                       # weights/smollm2-135m-instruct,
-    made by demo/prepare.py python llama.py "Why is the sky blue?" --llm DIR --temperature 0.7
+    python llama.py "Why is the sky blue?"                      # the demo's LLM, without audio
+    python llama.py "Why is the sky blue?" --llm DIR --temperature 0.7
 """
 
 import math

@@ -2,16 +2,15 @@
 model.py: DeSTA2.5-Audio, the three parts joined (paper sections 3 and 4).
 
     audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors ┐
-          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM
-          (frozen) -> text
+          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM (frozen)
 
-The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a text
-description of the clip, the LLM writes the training targets. Filled with the audio vectors and the
-transcript, the same LLM has to give the same answers.
+The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a description in
+words, the LLM writes the training targets. Filled with the audio vectors and the transcript, the
+same LLM has to give the same answers.
 
-    python model.py clip.wav                                    # a conversation about the clip;
-    Ctrl-D ends it python model.py clip.wav --prompt "What do you hear?"       # one answer python
-    model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
+    python model.py clip.wav                                    # a conversation about the clip
+    python model.py clip.wav --prompt "What do you hear?"       # one answer
+    python model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
 """
 
 import re
@@ -267,6 +266,7 @@ class DeSTA(torch.nn.Module):
         n_vectors, n_mels = (adapter.n_vectors, whisper.config.num_mel_bins) if whisper else (0, 0)
         self.reader = Reader(tokenizer, n_vectors, n_mels, config.audio_seconds, config.long_audio)
         self.prefix = None, None  # see engine.fast.kept_prefix
+        self.warn = run.warn  # is told of clips that are cut or damaged
 
     @classmethod
     def from_pretrained(
@@ -319,7 +319,7 @@ class DeSTA(torch.nn.Module):
         lora = {LLM_PREFIX + name: p for name, p in llm if ".lora_" in name}
         return dict(self.adapter.named_parameters()) | lora
 
-    # -- from ids and mels to what the LLM reads --------------------------------------------------
+    # -- from ids and mels to what the LLM reads ---------------------------------------------------
 
     def audio_vectors(self, mels):
         """mels (A, n_mels, frames) -> what the LLM reads for each window (A, n_vectors, d_llm)"""
@@ -343,7 +343,7 @@ class DeSTA(torch.nn.Module):
             x.requires_grad_()  # all ranks make the same backward passes, with audio or without
         return x
 
-    # -- training ---------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def losses(self, rows):
         """Cross-entropy of each target token of prepared rows. -> (n_targets,), row after row
@@ -393,7 +393,7 @@ class DeSTA(torch.nn.Module):
         if hidden.requires_grad:
             hidden.sum().backward()
 
-    # -- inference --------------------------------------------------------------------------------
+    # -- inference ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
@@ -422,7 +422,7 @@ class DeSTA(torch.nn.Module):
         prompts = []
         for start in range(0, len(conversations), 16):  # the encoders' batch; the LLM has its own
             part = conversations[start : start + 16]
-            rows = [self.reader.read(conversation, root, fill) for conversation in part]
+            rows = [self.reader.read(messages, root, fill, self.warn) for messages in part]
             ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
             x = self.embed(ids, [mel for _, mels in rows for mel in mels])  # (rows, T, d_llm)
             prompts += [x[b, : len(ids)] for b, (ids, _) in enumerate(rows)]
@@ -436,7 +436,9 @@ class DeSTA(torch.nn.Module):
             return conversations
         c = self.config
         files = [a["audio"] for m in conversations for a in audios_of(m) if a.get("text") is None]
-        clips = [audio_windows(file, root, c.audio_seconds, c.long_audio) for file in files]
+        window = c.audio_seconds, c.long_audio
+        silent = lambda text: None  # what is wrong with a file is said when its mels are made
+        clips = [audio_windows(file, root, *window, silent) for file in files]
         texts = iter(transcribe_windows(self.whisper, clips, c.audio_seconds))
 
         def filled(audio):

@@ -1,10 +1,12 @@
 """
-recipes.py: the values of a run that belong together. `--recipe demo` (the default) or `--recipe
-paper` chooses a column; any value can still be given by its flag.
+recipes.py: the values of a run that belong together, side by side.
+
+`--recipe demo` (the default) or `--recipe paper` chooses a column; any value can still be given by
+its flag. Paths of models and data are not part of a recipe.
 
 demo: a 135M LLM and Whisper tiny.en on a laptop, clips of at most 6 s, a quarter of an hour.
-paper: Llama-3.1-8B-Instruct and Whisper-large-v3 on 8 GPUs. The authors' released configuration,
-where the paper is silent. Paths of models and data are not part of a recipe.
+paper: Llama-3.1-8B-Instruct and Whisper-large-v3 on 8 GPUs. Where the paper is silent, the authors'
+released configuration.
 """
 
 GENERATE_DATA = dict(

@@ -1,6 +1,5 @@
 """
-tokenizer.py: text to token ids and back, and chat messages to one prompt, from the files of a
-Hugging Face folder.
+tokenizer.py: text to token ids and back, chat messages to a prompt, from a Hugging Face folder.
 
 tiktoken runs the byte-level BPE of tokenizer.json; jinja2 renders the folder's own chat template,
 in a sandbox. So any backbone works, and no template is written by hand.
@@ -132,7 +131,7 @@ class Tokenizer:
         self.folder = folder
 
     def __reduce__(self):
-        """To another process goes the folder's name: a compiled template cannot be pickled."""
+        """To another process goes the folder's name: a compiled template cannot be sent."""
         return Tokenizer, (self.folder,)
 
     @staticmethod

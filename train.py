@@ -2,10 +2,11 @@
 train.py: train the adapter, and nothing else, to make the frozen LLM answer from sound as it
 answered from text (paper section 4).
 
-    python train.py                                                     # the demo, on a laptop
-    torchrun --nproc_per_node=8 train.py --recipe paper --llm DIR --whisper DIR --data F.jsonl
-    --audio_root DIR --out DIR torchrun --nproc_per_node=8 train.py --init_from ADAPTER --data
-    F.jsonl --audio_root DIR --out DIR     # go on from an adapter
+    python train.py                                             # the demo, on a laptop
+    torchrun --nproc_per_node=8 train.py --recipe paper --llm DIR --whisper DIR \\
+        --data F.jsonl --audio_root DIR --out DIR
+    torchrun --nproc_per_node=8 train.py --init_from ADAPTER \\
+        --data F.jsonl --audio_root DIR --out DIR               # go on from an adapter
 
 Run the same command again to continue a stopped run.
 """
@@ -80,7 +81,7 @@ FREE = {*FREE.split(), "shard_llm", "checkpoint_activations", "textbook", "recip
 INHERITED = "llm whisper n_layers n_queries lora_rank audio_seconds long_audio max_answer_tokens"
 
 
-# -- data -------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 class Rows(torch.utils.data.Dataset):
@@ -127,7 +128,7 @@ def start_loader(data, sampler, workers, device):
     """Iterator over the sampler's micro-batches, prepared in `workers` processes."""
     workers = workers if workers >= 0 else 4 * (device.type == "cuda")
     options = dict(num_workers=workers, worker_init_fn=run.ignore_signals, collate_fn=list)
-    with run.signals_wait():  # the main process answers them, when the step is done
+    with run.children_ignore_signals():  # the main process answers them, when the step is done
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, **options))
 
 
@@ -208,7 +209,7 @@ def measure_taps(model, rows, n_clips):
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
 
 
-# -- schedule, cost, evaluation -------------------------------------------------------------------
+# -- schedule, cost, evaluation --------------------------------------------------------------------
 
 
 def learning_rate(step, peak, warmup, total):
@@ -265,7 +266,7 @@ def evaluate(model, rows, batch_size):
     return {"eval_loss": right / tokens, "eval_loss_wrong_clip": wrong / tokens}
 
 
-# -- one step -------------------------------------------------------------------
+# -- one step --------------------------------------------------------------------------------------
 
 
 def flat_gradients(weights):

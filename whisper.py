@@ -85,7 +85,7 @@ def resample(waveform, rate_in, rate_out):
 
 
 # Kept: to make them takes longer than to use them, 1 s where the rates have no common divisor.
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def resampling_kernels(up, down):
     """The filters behind `resample`. -> half their width, [(first output, first input it sees,
     float32 (at most 64 outputs, inputs they see))]

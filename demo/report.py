@@ -21,6 +21,7 @@ from benchmarks.common import read_rows
 from engine.checkpoint import write_text
 from engine.run import main, parse_settings, setting
 from engine.weights import read_json
+from tools import plot
 
 plt.switch_backend("svg")  # files, no window
 
@@ -79,21 +80,10 @@ def draw(figure, kind):
 def loss_curve(log, scores):
     """-> svg: the losses over the steps, and the loss given the description"""
     figure, axis = plt.subplots(figsize=(8, 4))
-
-    def curve(key, *style, **options):
-        points = [(record["step"], record[key]) for record in log if key in record]
-        axis.plot(*zip(*points), *style, **options)
-
-    curve("loss", color="#bbb", linewidth=1, label="training batches")
-    dots = {"markersize": 3}
-    curve("eval_loss", "o-", color="#1a7f5a", label="held out, right clip", **dots)
-    wrong = "held out, wrong clip's audio"
-    curve("eval_loss_wrong_clip", "o-", color="#c2410c", label=wrong, **dots)
+    plot.draw(axis, log)
     line = {"color": "#1d4ed8", "linestyle": "--", "linewidth": 1}
     axis.axhline(scores["loss"]["description"][0], label="given the description", **line)
-    axis.set(xlabel="step", ylabel="loss per target token", ylim=(0, None))
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    plot.finish(axis, plot.COLORS)
     return draw(figure, "svg")
 
 

@@ -1,3 +1,1 @@
-"""How the method runs: attention on each device, loading, data order, checkpoints, processes. The
-method itself is one folder up.
-"""
+"""How the method runs. The method itself is one folder up."""

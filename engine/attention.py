@@ -1,6 +1,7 @@
 """
-attention.py: softmax(q kᵀ / √d) v. All three models call `attend`, and only this file knows
-which device likes which form.
+attention.py: softmax(q kᵀ / √d) v.
+
+All three models call `attend`, and only this file knows which device likes which form.
 """
 
 import torch

@@ -1,6 +1,5 @@
 """
-checkpoint.py: files that are whole or absent, that know whether they are damaged, and a run's
-state made of them.
+checkpoint.py: files that are whole or absent and know whether they are damaged; a run's state.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-# -- files -------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -123,7 +122,7 @@ def file_hash(folder):
     return digest.hexdigest()
 
 
-# -- a run's state -------------------------------------------------------------------
+# -- a run's state ---------------------------------------------------------------------------------
 
 
 def save(out, model, optimizer, step, record, keep):

@@ -1,12 +1,10 @@
 """
-fast.py: what makes the method fast on CPUs. Each function equals, by a test, the textbook form that
-GPUs run.
+fast.py: what makes the method fast on CPUs.
 
+Each function equals, by a test, the textbook form that GPUs run:
 - cross_attention: the Q-Former's, without keys and values of the audio frames
-- losses: model.DeSTA.losses, with rows laid end to end instead of padded, and what they all start
-with computed once
-- attend_after_prefix: decoding, with the keys and values that all rows start with read once for all
-of them
+- losses: model.DeSTA.losses, with rows end to end instead of padded, and their common start kept
+- attend_after_prefix: decoding, with the keys and values of a common start read once for all rows
 """
 
 import torch

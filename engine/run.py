@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import write_text, writing
 
-# -- settings and command line -------------------------------------------------------------------
+# -- settings and command line ---------------------------------------------------------------------
 
 
 def setting(default, help, low=0, high=10**9, choices=None):
@@ -122,7 +122,7 @@ def description(settings):
     }
 
 
-# -- errors, warnings, signals -------------------------------------------------------------------
+# -- errors, warnings, signals ---------------------------------------------------------------------
 
 
 def fail(error):
@@ -191,10 +191,8 @@ def ignore_signals(worker=None):
 
 
 @contextlib.contextmanager
-def signals_wait():
-    """Signals that come while the body runs are handled after it. Processes started in it never see
-    them.
-    """
+def children_ignore_signals():
+    """Processes that are started in the body never see SIGTERM and Ctrl-C: they inherit the mask."""
     stopping = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     try:
@@ -219,7 +217,8 @@ class Tally:
 
     def add(self, text):
         self.n += 1
-        if len(self.seen) < 3 and text not in self.seen:
+        first_rank = int(os.environ.get("RANK", 0)) == 0
+        if first_rank and len(self.seen) < 3 and text not in self.seen:
             self.seen.append(text)
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
@@ -328,7 +327,7 @@ def peak_flops(device, dtype):
     return 2 * n**3 / min(times)
 
 
-# -- processes -------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 TIMEOUT = datetime.timedelta(
     minutes=30

@@ -1,6 +1,5 @@
 """
-weights.py: the official safetensors files of a Hugging Face folder into a module that was built
-on the meta device.
+weights.py: official safetensors files into a module that was built on the meta device.
 """
 
 import json

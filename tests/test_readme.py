@@ -1,53 +1,46 @@
-"""What README.md claims and a test can check: file lengths, line references, commands and their flags, links."""
+"""What README.md and docs/ say and a test can check: commands and their flags, links, names of functions."""
 
+import functools
 import re
 
 import pytest
 from conftest import ROOT, script
 
-LENGTH = r"^\| \[`(.+?)`\]\((.+?)\) \| (\d+)(?: lines)? \|"
-REFERENCE = r"\[`([^`]+)`\]\(([\w/.]+)#L(\d+)\)"
 COMMAND = r"\b(?:python|bash|torchrun)(?: -{1,2}[\w=.]+)* ([\w/]+\.(?:py|sh))([^\n`#|]*)"
 LINK = r"\]\((?!https?:|#)([^)#]+)"
+PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.fixture(scope="module")
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")  # a command over several lines is one
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")  # a command over several lines is one
 
 
-def find(pattern, text):
-    """All matches; none at all means that the README, or this pattern, has changed its form."""
-    found = re.findall(pattern, text, re.MULTILINE)
-    assert found, f"README.md has nothing of the form {pattern}"
-    return found
+@functools.cache
+def flags_of(file):
+    return set(re.findall(r"--(\w+)", script(file, "--help").out))
 
 
-def test_file_lengths(readme):
-    claimed = {file: int(n) for name, file, n in find(LENGTH, readme) if name == file}
-    assert claimed == {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in claimed}
-    scripts = {"whisper.py", "tokenizer.py", "llama.py", "qformer.py", "model.py", "generate_data.py", "train.py", "eval.py"}
-    assert scripts <= claimed.keys()
-
-
-def test_line_references(readme):
-    for text, file, number in find(REFERENCE, readme):
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        there = [i for i, line in enumerate(lines, 1) if text in line]
-        defined = [i for i in there if re.search(rf"\b(def|class) {re.escape(text)}\b", lines[i - 1])]  # for a bare name its definition is meant
-        assert int(number) in (defined or there), f"[`{text}`]({file}#L{number}): that text stands on line {defined or there}"
-
-
-def test_commands_and_their_flags(readme):
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_flags(page):
     """Every script named in a command exists, and knows every flag that the command gives it."""
-    for file, arguments in sorted(set(find(COMMAND, readme))):
-        assert (ROOT / file).is_file(), f"README.md runs {file}, which does not exist"
-        flags = re.findall(r"(?<=\s)--(\w+)", arguments)
-        if flags:
-            known = re.findall(r"--(\w+)", script(file, "--help").out)
-            assert set(flags) <= set(known), f"`{file}{arguments}`: {file} has no {set(flags) - set(known)}"
+    commands = sorted(set(re.findall(COMMAND, text(page))))
+    assert commands or page not in ("README.md", "docs/scale.md", "docs/benchmarks.md"), f"{page}: the pattern finds no command"
+    for file, arguments in commands:
+        assert (ROOT / file).is_file(), f"{page} runs {file}, which does not exist"
+        flags = set(re.findall(r"(?<=\s)--(\w+)", arguments))
+        if flags and file.endswith(".py"):
+            assert flags <= flags_of(file), f"{page}, `{file}{arguments}`: no {flags - flags_of(file)}"
 
 
-def test_links_and_pictures_exist(readme):
-    missing = [target for target in find(LINK, readme) if not (ROOT / target).exists()]
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    missing = [target for target in re.findall(LINK, text(page)) if not ((ROOT / page).parent / target).exists()]
     assert not missing
+
+
+def test_the_method_in_the_readme_names_real_functions():
+    """The dozen lines at the top: each function they call is one of ours."""
+    (block,) = re.findall(r"The method, in.*?```python\n(.*?)```", text("README.md"), re.DOTALL)
+    called = set(re.findall(r"\b([a-z_]+)\(", block)) - {"llm", "whisper", "qformer", "embed", "cross_entropy"}
+    sources = "".join(file.read_text(encoding="utf-8") for file in [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py")])
+    assert called and all(re.search(rf"\bdef {name}\(", sources) for name in called), called

@@ -153,7 +153,7 @@ def test_loss_curve_has_every_point(run):
     # What is drawn in the axes has a clip-path, the legend's samples have none.
     paths = {color: d for d, color in re.findall(r'<path d="(M [^"]*)" clip-path="[^"]*" style="[^"]*stroke: (#\w+)', svg)}
     points = lambda color: [tuple(map(float, p.split())) for p in re.split("[ML]", paths[color])[1:]]
-    for color, n in (("#bbbbbb", STEPS), ("#1a7f5a", len(EVALS)), ("#c2410c", len(EVALS)), ("#1d4ed8", 2)):
+    for color, n in (("#888888", STEPS), ("#1a7f5a", len(EVALS)), ("#c2410c", len(EVALS)), ("#1d4ed8", 2)):
         assert len(points(color)) == n, color
     right, wrong = points("#1a7f5a"), points("#c2410c")
     assert right[0] == wrong[0] and right[-1][1] > wrong[-1][1] + 30, "the two curves start together, and the right clip's ends lower"

@@ -414,10 +414,10 @@ def test_files_that_were_cut_off(tmp_path, name, subtype):
         cut(path, share)
         part, warnings = load(path)
         assert share - 0.13 < len(part) / 32000 <= share + 0.06, "a flac loses a block of 4096"
-        assert len(warnings) == 1 and f"is cut off: {len(part) / SAMPLE_RATE:.2f} s of 2.0" in warnings[0]
+        assert len(warnings) == 1 and f"is cut off: {len(part) / SAMPLE_RATE:.2f} s of 2." in warnings[0]
         assert torch.equal(part[:-1100], whole[:len(part) - 1100])  # a block of ADPCM
         path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"is cut off: 0.\d+ s of 2.0\d s can be read; fetch it again"):
+    with pytest.raises(ValueError, match=r"is cut off: 0.\d+ s of 2.\d\d s can be read; fetch it again"):
         load_audio(cut(path, 0.45))
 
 
@@ -461,9 +461,9 @@ def wav_with_mpeg_inside(path, stream):
 
 @pytest.fixture(params=["a.mp3", "headless.mp3", "mpeg.wav", "a.ogg", "a.opus"])
 def estimated(request, tmp_path):
-    """Files whose length libsndfile estimates, as libsndfile's encoders write them; 1 s of silence, where a variable bit rate is low, then 3 s of noise."""
+    """Files whose length libsndfile estimates, as libsndfile's encoders write them; 3 s of noise, then 1 s of silence, where a variable bit rate is low."""
     path = tmp_path / request.param
-    samples = np.concatenate([np.zeros((16000, 1)), noise(3)])
+    samples = np.concatenate([noise(3), np.zeros((16000, 1))])
     if path.suffix in (".ogg", ".opus"):
         soundfile.write(path, samples, 16000, format="OGG", subtype="OPUS" if path.suffix == ".opus" else "VORBIS")
     else:
@@ -481,7 +481,7 @@ def test_what_can_be_decoded_is_the_clip(estimated):
     # without the header an mp3 begins with the encoder's delay, and ends with its filling
     assert 0 <= len(waveform) - 4 * SAMPLE_RATE < 3000
     assert not warnings
-    assert waveform[:12000].square().mean() < 1e-5 and waveform[-8000 - 2000:-2000].square().mean() > 1e-4
+    assert waveform[2000:10000].square().mean() > 1e-4 and waveform[-12000:].square().mean() < 1e-5
     data = estimated.read_bytes()
     # cut off: shorter, and never refused; MPEG layers without a header warn of their last frame
     part, warnings = load(cut(estimated, 0.45))

@@ -21,6 +21,11 @@ CURVES = {
     "eval_loss": ("held out, right clip", dict(marker="o", markersize=3)),
     "eval_loss_wrong_clip": ("held out, wrong clip", dict(marker="o", markersize=3, linestyle=":")),
 }
+COLORS = {
+    "loss": "#888888",
+    "eval_loss": "#1a7f5a",
+    "eval_loss_wrong_clip": "#c2410c",
+}  # of one run
 
 
 def read(file):
@@ -39,19 +44,23 @@ def smooth(values):
     return (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
 
 
-def draw(axis, log, label, color=None):
-    """Add one run to a plot, all its curves in one colour. log: the records of its log.jsonl."""
-    color = axis.plot([], [], color=color, label=label)[0].get_color()
+def draw(axis, log, label=None):
+    """Add one run to a plot, all its curves in one colour. log: the records of its log.jsonl.
+
+    label None: it is the only run, and each curve has a colour.
+    """
+    color = label and axis.plot([], [], label=label)[0].get_color()
     for key, (_, style) in CURVES.items():
         points = [r for r in log if r.get(key) is not None]  # None: it was not finite
         steps, losses = [r["step"] for r in points], [r[key] for r in points]
-        axis.plot(steps, smooth(losses) if key == "loss" else losses, color=color, **style)
+        losses = smooth(losses) if key == "loss" else losses
+        axis.plot(steps, losses, color=color or COLORS[key], **style)
 
 
-def finish(axis):
+def finish(axis, colors=None):
     """Axes and legend, after all runs are drawn: a run's colour, and what each kind of line is."""
-    for name, style in CURVES.values():
-        axis.plot([], [], color="gray", label=name, **style)
+    for key, (name, style) in CURVES.items():
+        axis.plot([], [], color=colors[key] if colors else "gray", label=name, **style)
     axis.set(xlabel="step", ylabel="loss per target token", ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
