@@ -336,7 +336,9 @@ class DeSTA(torch.nn.Module):
         row, position = (ids == AUDIO_ID).nonzero(as_tuple=True)
         x = self.llm.embed(ids.clamp(min=0).to(self.device))
         if mels:
-            vectors = self.audio_vectors(torch.stack(mels)).flatten(0, 1)  # (A * n_vectors, d_llm)
+            # One by one: those in pinned memory are copied while the GPU computes.
+            mels = torch.stack([mel.to(self.device, non_blocking=True) for mel in mels])
+            vectors = self.audio_vectors(mels).flatten(0, 1)  # (A * n_vectors, d_llm)
             assert len(row) == len(vectors), "audio slots and clips do not match"
             x = x.index_put((row.to(x.device), position.to(x.device)), vectors.to(x.dtype))
         if self.llm.sharded and torch.is_grad_enabled() and not x.requires_grad:

@@ -38,6 +38,8 @@ TRAIN = dict(
     epochs=dict(demo=2, paper=5),
     global_batch=dict(demo=8, paper=96),
     micro_batch=dict(demo=4, paper=12),
+    # 12 rows of 512 tokens: what an 80 GB card holds beside the models (docs/scale.md).
+    max_tokens_per_pass=dict(demo=6144, paper=6144),
     weight_decay=dict(demo=0.01, paper=0.01),
     beta2=dict(demo=0.98, paper=0.98),
     clip=dict(demo=1.0, paper=1.0),

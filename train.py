@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from engine import checkpoint, fast, run
 from engine.checkpoint import file_hash, write_text
-from engine.rows import Batches, JsonLines
-from engine.run import setting, sum_over_ranks
+from engine.rows import Batches, JsonLines, split_long
+from engine.run import copy_from_rank_0, setting, sum_over_ranks
+from engine.weights import check_same_weights
 from model import AUDIO_ID, LONG, DeSTA, audios_of, before_question, inherit
 from recipes import TRAIN
 
@@ -55,6 +56,9 @@ class Settings:
     max_steps: int = setting(-1, "stop here instead; the cosine ends here too", low=1)
     global_batch: int = setting(TRAIN["global_batch"], "rows per step, all processes", low=1)
     micro_batch: int = setting(TRAIN["micro_batch"], "rows per pass of one process", low=1)
+    max_tokens_per_pass: int = setting(
+        TRAIN["max_tokens_per_pass"], "a longer micro-batch takes several passes", low=1
+    )
     length_pool: int = setting(TRAIN["length_pool"], "batches sorted by length together", low=1)
     weight_decay: float = setting(TRAIN["weight_decay"], "AdamW")
     beta2: float = setting(TRAIN["beta2"], "AdamW", high=0.9999)
@@ -77,6 +81,7 @@ class Settings:
 # What may change when a run goes on.
 FREE = "max_steps epochs eval_every eval_rows save_every keep workers micro_batch out max_skipped"
 FREE = {*FREE.split(), "shard_llm", "checkpoint_activations", "textbook", "recipe"}
+FREE |= {"max_tokens_per_pass"}
 # What comes from the adapter of --init_from, unless a flag says otherwise.
 INHERITED = "llm whisper n_layers n_queries lora_rank audio_seconds long_audio max_answer_tokens"
 
@@ -128,6 +133,8 @@ def start_loader(data, sampler, workers, device):
     """Iterator over the sampler's micro-batches, prepared in `workers` processes."""
     workers = workers if workers >= 0 else 4 * (device.type == "cuda")
     options = dict(num_workers=workers, worker_init_fn=run.ignore_signals, collate_fn=list)
+    # Log-mels in pinned memory: a GPU fetches them by itself, while it computes.
+    options["pin_memory"] = device.type == "cuda"
     with run.children_ignore_signals():  # the main process answers them, when the step is done
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, **options))
 
@@ -279,23 +286,29 @@ def flat_gradients(weights):
     return flat
 
 
-def accumulate(model, batch, seed):
+def accumulate(model, batch, seed, max_tokens):
     """Add the gradients of this rank's micro-batches to .grad. -> their part of the global batch's
     loss, ()
 
+    max_tokens: a longer micro-batch takes several passes; but for dropout, the sum is the same.
     DistributedDataParallel would do the same, but hangs on a micro-batch without any audio.
     """
+    micro_batches = [split_long(rows, max_tokens) for rows in batch.micro_batches]
+    n_missing = 0
+    if model.llm.sharded:  # all ranks gather its blocks equally often
+        n_passes = torch.tensor(sum(map(len, micro_batches)), device=model.device)
+        n_missing = int(sum_over_ranks(n_passes.clone(), dist.ReduceOp.MAX) - n_passes)
     # Without any row there is nothing to learn: not finite, so no step is made.
     loss = torch.tensor(0.0 if batch.n_rows else math.nan, device=model.device)
-    for m, rows in enumerate(batch.micro_batches):
+    for m, parts in enumerate(micro_batches):
         torch.manual_seed(seed(m))
-        if rows:
+        for rows in parts:
             part = model.loss(rows, n_target_tokens=batch.n_targets)
-            if part.requires_grad:  # not so where no row of the micro-batch has audio
+            if part.requires_grad:  # not so where no row has audio
                 part.backward()
             loss += part.detach()
-        elif model.llm.sharded:
-            model.take_part()
+    for _ in range(n_missing):
+        model.take_part()
     return loss
 
 
@@ -338,6 +351,7 @@ def build(s, device):
     options = dict(device=device, shard_llm=bool(s.shard_llm), **config)
     model = DeSTA.from_pretrained(s.llm, s.whisper, s.init_from or None, **options)
     model.llm.checkpoint_activations = bool(s.checkpoint_activations)
+    model.whisper.decoder.cpu()  # it writes transcripts, which training rows have: 1.8 GB
     hears = model.whisper.config.max_source_positions // 50
     if s.audio_seconds > hears:
         raise ValueError(f"--audio_seconds {s.audio_seconds}: {s.whisper} hears {hears} s at most")
@@ -357,8 +371,11 @@ def resume(s, model, optimizer, data, rank, world):
         remedy = "it has to be on a disk that all nodes see"
         raise ValueError(f"the ranks do not find the same checkpoints in {s.out}: {remedy}")
     if step == 0 and s.standardize:
-        table = model.llm.model.embed_tokens.weight
-        model.adapter.fit(*measure_taps(model, data, s.standardize), table)
+        if rank == 0:
+            table = model.llm.model.embed_tokens.weight
+            model.adapter.fit(*measure_taps(model, data, s.standardize), table)
+        copy_from_rank_0([*model.adapter.parameters(), *model.adapter.buffers()])
+    check_same_weights(model)
     if rank == 0:
         checkpoint.drop_old(s.out, s.keep)
         write_text(Path(s.out) / "run.json", json.dumps(run.description(s), indent=2))
@@ -437,7 +454,8 @@ def main():
         gradients.zero_()
         # Dropout is a function of seed, step and micro-batch: nothing to save, and the same on any
         # number of processes.
-        loss = accumulate(model, batch, lambda m: hash((s.seed, step, m * world + rank)) % 2**62)
+        seed_of = lambda m: hash((s.seed, step, m * world + rank)) % 2**62
+        loss = accumulate(model, batch, seed_of, s.max_tokens_per_pass)
         lr = learning_rate(step, s.lr, s.warmup, last_step)
         loss, norm = update(optimizer, weights, gradients, lr, s.clip, loss)
         if skipped.check(step + 1, loss, norm, batch):

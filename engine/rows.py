@@ -221,6 +221,23 @@ class Batches(torch.utils.data.Sampler):
                 yield batch[start : start + s.micro_batch]
 
 
+def split_long(rows, max_tokens):
+    """A micro-batch of prepared rows -> parts to compute one after the other.
+
+    A part has at most so many tokens, padding included, or is one row. Sorting by length puts the
+    longest rows together, and what is kept for the backward pass grows with their tokens.
+    """
+    parts, longest = [], 0
+    for row in rows:
+        length = len(row["ids"]) + len(row["target"])
+        longest = max(longest, length)
+        if not parts or longest * (len(parts[-1]) + 1) > max_tokens:
+            parts.append([])
+            longest = length
+        parts[-1].append(row)
+    return parts
+
+
 # -- work in blocks --------------------------------------------------------------------------------
 
 

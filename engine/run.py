@@ -403,6 +403,13 @@ def sum_over_ranks(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
+def copy_from_rank_0(tensors):
+    """In place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
 def gather(items):
     """The lists of all ranks, joined in the order of the ranks."""
     if not dist.is_initialized():

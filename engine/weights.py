@@ -3,6 +3,7 @@ weights.py: official safetensors files into a module that was built on the meta 
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+
+from engine.run import sum_over_ranks
 
 # The weights come from a file. To initialize them first, even on the meta device, would import 800
 # modules (sympy …): 1.3 s.
@@ -100,12 +103,22 @@ def shard_blocks(llm, device):
     """FSDP2: each process keeps its part of every block; all gather a block when its turn comes.
 
     So all processes must run hidden_states, and its backward pass, equally often. Embeddings and
-    head stay whole.
+    head stay whole. Every node holds all blocks, so that they are gathered over its own fast links
+    and not over the network.
     """
     # here: it takes half as long to import as torch
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % on_node:
+        raise ValueError(f"--shard_llm: {world} processes are not so many nodes of {on_node}")
+    names = "nodes", "processes"
+    mesh = init_device_mesh(
+        torch.device(device).type, (world // on_node, on_node), mesh_dim_names=names
+    )
+    if world == on_node:
+        mesh = mesh["processes"]
     for block in llm.model.layers:
         fully_shard(block, mesh=mesh)
     whole = {llm.model.embed_tokens.weight, llm.model.norm.weight, llm.lm_head.weight}
@@ -123,3 +136,33 @@ def own_shard(parameter, tensor):
 
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+# -- the same weights on all ranks -----------------------------------------------------------------
+
+
+def check_same_weights(module):
+    """ValueError that names tensors of a module which differ among the ranks, in one bit or more.
+
+    Compared are sums of the bits read as integers: exact, in whatever order a GPU adds them up.
+    Parts of a sharded LLM differ by nature and are left out.
+    """
+    if not dist.is_initialized():
+        return
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = {name: t for name, t in tensors.items() if not hasattr(t, "placements")}
+    device = next(iter(tensors.values())).device
+    sums = torch.stack([sum_of_bits(tensor).to(device) for tensor in tensors.values()])
+    least = sum_over_ranks(sums.clone(), dist.ReduceOp.MIN)
+    most = sum_over_ranks(sums.clone(), dist.ReduceOp.MAX)
+    differing = [name for name, same in zip(tensors, (least == most).tolist()) if not same]
+    if differing:
+        names = ", ".join(differing[:3]) + ", …" * (len(differing) > 3)
+        remedy = "all nodes need the same files of --llm, --whisper and --init_from"
+        raise ValueError(f"{len(differing)} weights are not the same on all ranks: {names}: {remedy}")
+
+
+def sum_of_bits(tensor):
+    integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    parts = tensor.detach().view(integers).flatten().split(1 << 24)  # CPUs convert before adding
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()

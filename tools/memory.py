@@ -94,7 +94,8 @@ def kept_bytes(model, work):
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    F.scaled_dot_product_attention = lambda q, k, v, **options: FusedAttention.apply(q, k, v)
+    if model.device.type == "meta":
+        F.scaled_dot_product_attention = lambda q, k, v, **options: FusedAttention.apply(q, k, v)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             work()
@@ -118,7 +119,7 @@ def memory(model, n_rows, world, shard, checkpoint):
     logits = n_rows * TARGETS * llm.config.vocab_size
     elsewhere = blocks - blocks // world if shard else 0
     return {
-        "frozen": size(llm) + size(model.whisper) - elsewhere,
+        "frozen": size(llm) + size(model.whisper.encoder) - elsewhere,
         "trained": 4 * size(model.adapter),  # weights, gradients, two moments, all float32
         "kept": kept_bytes(model, lambda: model.loss(rows_alike(model, n_rows))),
         "passing": logits * 4 + inside + 2 * block * shard,
