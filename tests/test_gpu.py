@@ -10,9 +10,6 @@ import collections
 import contextlib
 import importlib.util
 import json
-import math
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -22,18 +19,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train
-from engine import attention, checkpoint, decode, fast, run, weights
-from engine.rows import split_long
+from engine import attention, checkpoint, decode, run, weights
 from llama import LlamaConfig, add_lora
-from model import AUDIO_ID, DeSTA
+from model import AUDIO_ID
 from whisper import WhisperConfig
 
 spec = importlib.util.spec_from_file_location("memory", ROOT / "tools/memory.py")
