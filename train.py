@@ -414,8 +414,9 @@ def main():
     weights = list(model.trained().values())
     n_trained = sum(weight.numel() for weight in weights)
     n_frozen = sum(p.numel() for p in model.parameters()) - n_trained
-    say(f"{len(data):,} rows, {per_epoch} steps an epoch, {last_step} steps")
-    say(f"{n_trained:,} trained and {n_frozen:,} frozen parameters")
+    say(
+        f"{n_trained:,} trained, {n_frozen:,} frozen parameters; {len(data):,} rows, {last_step} steps"
+    )
 
     # optimizer, resume
     model.train()
@@ -481,8 +482,7 @@ def main():
         say(f"stopped by {stop[0]} at step {step}, saved; the same command continues")
     else:
         say(f"done: {s.out}/adapter" + (f", {skipped.n} steps skipped" if skipped.n else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    run.end_processes()
 
 
 if __name__ == "__main__":

@@ -363,6 +363,11 @@ def start_processes():
     return rank, world, device
 
 
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
