@@ -1,25 +1,33 @@
 """What GPUs run, checked without one: training and generation on a device whose tensors have shapes and no memory.
 
-torch's own tools make it: a backend in Python gives the device "gpu", FakeTensorMode its tensors. CPU tensors stay real. What renames a
-backend for a whole process needs a process of its own:
+torch's own tools make it: a backend in Python gives the device "gpu", FakeTensorMode its tensors. CPU tensors stay real. The backend is
+registered for a whole process, so the checks run in one of their own:
 
-    python tests/test_gpu.py           # the checks, and the tables of docs/scale.md
+    python tests/test_gpu.py           # the tables of docs/scale.md, at full depth: two minutes
+    python tests/test_gpu.py json      # what the tests read
 """
 
 import collections
 import contextlib
 import importlib.util
 import json
+<<<<<<< HEAD
+=======
+import math
+import os
+import re
+import subprocess
+>>>>>>> gpu
 import sys
+import tempfile
 import types
+from dataclasses import replace
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, torchrun
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -61,7 +69,7 @@ class Device(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.parts, self.may_read, self.reset = ["other"], None, lambda: None
+        self.parts, self.may_read = ["head and loss"], None
         self.operators, self.shapes, self.reads, self.passes = (collections.Counter() for _ in range(4))
 
     @contextlib.contextmanager
@@ -71,6 +79,10 @@ class Device(TorchDispatchMode):
             yield
         finally:
             self.parts.pop()
+
+    def forget(self):
+        for counter in (self.operators, self.shapes, self.reads, self.passes):
+            counter.clear()
 
     def count(self, name):
         self.operators[self.parts[-1], name] += 1
@@ -277,33 +289,32 @@ def transcribe(d, model):
 
 
 def check_tiny(folder):
-    """Everything that a run does on its device, with small shapes and rows of unequal length."""
+    """Everything that a run does on its device, with small shapes and rows of unequal length. -> {what: reads}"""
+    found = {}
     with device() as d:
-        # Not checkpoint_activations: torch aborts when it computes a block again on such a device.
-        for lora_rank in (2, 0):
-            model = build(d, TINY, n_layers=2)
-            if lora_rank:
-                add_lora(model.llm, lora_rank, 0.1)
-            rows = rows_of(model, [(80, 9), (90, 5), (75, 1), (99, 12)])
-            training = Training(d, model, rows, max_tokens=200)
-            training.step()
-            training.resume(folder / str(lora_rank))
-            training.step()
-            d.may_read = READS["evaluation"]
-            train.evaluate(model, rows, 2)
-            d.may_read = READS["fitting"]
-            model.adapter.fit(*train.measure_taps(model, rows, 2), model.llm.model.embed_tokens.weight)
-            assert weights.sum_of_bits(model.llm.lm_head.weight).device.type == "gpu"
-            training.step()
+        model = build(d, TINY, n_layers=1)
+        # Not --checkpoint_activations: torch 2.13 aborts when it computes a block again on such a device.
+        add_lora(model.llm, 2, 0.1)
+        model.config.lora_rank = 2
+        rows = rows_of(model, [(80, 9), (90, 5), (99, 12)])
+        training = Training(d, model.train(), rows, max_tokens=200)
+        training.step()
+        assert d.passes["LLM"] == 2, "three rows of up to 99 tokens, 200 a pass"
+        training.resume(folder)
         d.reads.clear()
         training.step()
-        found = {"reads of a step": dict(d.reads)}
+        found["step"] = dict(d.reads)
+        d.may_read = READS["evaluation"]
+        train.evaluate(model, rows[:1], 2)
+        d.may_read = READS["fitting"]
+        model.adapter.fit(*train.measure_taps(model, rows[:1], 2), model.llm.model.embed_tokens.weight)
+        assert weights.sum_of_bits(model.llm.lm_head.weight).device.type == "gpu"
         d.reads.clear()
-        generate(d, model, [90, 100, 95, 80], 4, batch_size=2)
-        found["reads of a generation"] = dict(d.reads)
-        if FIXED_LANES:  # without, it makes shapes of what it reads
+        generate(d, model, [90, 95, 80], 3, batch_size=2)
+        found["generation"] = dict(d.reads)
+        if FIXED_LANES:  # without, shapes are made of what is read
             transcribe(d, model)
-        return found
+    return found
 
 
 def broken(what):
@@ -312,8 +323,8 @@ def broken(what):
         model = build(d, TINY, n_layers=1)
         training = Training(d, model, rows_of(model, [(80, 9), (90, 5)]), 10_000)
         try:
-            training.step()
             if what == "step count":
+                training.step()
                 state = training.optimizer.state[training.weights[0]]
                 state["step"] = torch.tensor(1.0)
             if what == "buffer":
@@ -333,25 +344,27 @@ def broken(what):
                 sys.modules["llama"].attend = attend
 
 
-def check_official(folder, n_rows=12):
-    """Llama-3.1-8B, Whisper-large-v3, the 131.5M adapter: a step, its resume, a generation. -> figures"""
+def check_official(folder, n_layers, n_rows=12):
+    """Llama-3.1-8B and Whisper-large-v3, of n_layers blocks each, with the 131.5M adapter: a step, its resume, a generation. -> figures"""
+    llm, whisper = memory.LLAMA_31_8B, memory.LARGE_V3
+    sizes = replace(llm, n_layers=n_layers), replace(whisper, encoder_layers=n_layers, decoder_layers=1)
     with device() as d:
-        model = build(d, (memory.LLAMA_31_8B, memory.LARGE_V3))
+        model = build(d, sizes)
         assert sum(p.numel() for p in model.trained().values()) == 131_540_224
         rows = rows_of(model, [(memory.TOKENS, memory.TARGETS)] * n_rows)
         training = Training(d, model, rows, max_tokens=6144)
-        kept = memory.kept_bytes(model, lambda: training.loss(rows))
+        found = {"kept": memory.kept_bytes(model, lambda: training.loss(rows))} if n_layers == 32 else {}
         training.step()
         training.resume(folder)
-        d.operators.clear(), d.shapes.clear(), d.reads.clear()
+        d.forget()
         training.step()
-        found = {"training": {part: by_part(d, part) for part in ("encoder", "adapter", "LLM", "other", "backward", "clipping and AdamW")}}
-        found |= {"kept": kept, "reads of a step": dict(d.reads), "shapes of a step": shapes(d)}
-        d.operators.clear(), d.shapes.clear(), d.reads.clear(), d.passes.clear()
-        generate(d, model, [300, 290, 280, 260], 4, batch_size=4)
-        found["generation"] = {part: by_part(d, part) / d.passes[part] for part in ("prefill", "decoding")}
-        found |= {"reads of a generation": dict(d.reads), "shapes of a generation": shapes(d)}
-        return found
+        parts = "encoder", "adapter", "LLM", "head and loss", "backward", "clipping and AdamW"
+        found["step"] = {part: by_part(d, part) for part in parts}
+        found |= {"shapes of a step": shapes(d), "reads of a step": dict(d.reads)}
+        d.forget()
+        generate(d, model, [300, 290, 280], 3, batch_size=4)
+        found["pass"] = {part: by_part(d, part) // d.passes[part] for part in ("prefill", "decoding")}
+        return found | {"shapes of a generation": shapes(d), "reads of a generation": dict(d.reads)}
 
 
 def by_part(d, part):
@@ -362,16 +375,212 @@ def shapes(d):
     return [[part, list(q), list(k), mask, n] for (part, q, k, mask), n in d.shapes.items()]
 
 
-def everything(folder):
-    mistakes = "step count", "buffer", "mask", "read"
-    return {
-        "tiny": check_tiny(folder / "tiny"),
-        "broken": {what: broken(what) for what in mistakes},
-        "official": check_official(folder / "official"),
-    }
+def print_tables():
+    with tempfile.TemporaryDirectory() as folder:
+        found = check_official(Path(folder), 32)
+    print("| part | operators |\n| --- | --- |")
+    for part, n in found["step"].items():
+        print(f"| a training step of 12 rows: {part} | {n:,} |")
+    print(f"| in all | {sum(found['step'].values()):,} |")
+    for part, n in found["pass"].items():
+        print(f"| a pass of {part}, without head and sampling | {n:,} |")
+    print(f"\nKept for the backward pass: {found['kept'] / 1e9:.1f} GB\n")
+    print("| where | queries | keys | keys seen | calls |\n| --- | --- | --- | --- | --- |")
+    for part, q, k, mask, n in found["shapes of a step"] + found["shapes of a generation"][3:]:
+        print(f"| {part} | {' × '.join(map(str, q))} | {' × '.join(map(str, k))} | {mask} | {n} |")
+    print(f"\nReads from the device: a step {found['reads of a step']}, a generation {found['reads of a generation']}")
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = subprocess.run([sys.executable, __file__, "json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_training_and_generation_stay_on_the_device(found):
+    """Any tensor that is not would have ended the process; this is what it counted."""
+    for sizes in ("tiny", "official"):
+        step = found[sizes]["step" if sizes == "tiny" else "reads of a step"]
+        assert step == {"asked": 1, "batches": 1, "update": 2}, "the host waits for the device elsewhere, or more often"
+    reads = found["official"]["reads of a generation"]
+    tokens = reads.pop("to_host" if FIXED_LANES else "generate")
+    assert tokens == 5, "three prompts are admitted one by one, then two steps"
+    assert reads.keys() == {"common_prefix"} and reads["common_prefix"] <= 2
+
+
+def test_flash_attention_can_run_in_training_and_prefill(found):
+    shapes = found["official"]["shapes of a step"] + found["official"]["shapes of a generation"]
+    kinds = {(part, mask) for part, _, _, mask, _ in shapes}
+    assert {("encoder", "all"), ("adapter", "all"), ("LLM", "causal"), ("prefill", "causal")} <= kinds
+    assert {part for part, mask in kinds if mask == "mask"} <= MASKED
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "cuDNN's attention would come first on H100"
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("step count", "aten._foreach_add_.Scalar of tensors on"),
+    ("buffer", "aten.sub.Tensor of tensors on"),
+    ("mask", "a mask in LLM: FlashAttention has none"),
+    ("read", "forward waits for the device .*qformer.py"),
+])  # fmt: skip
+def test_one_mistake_is_found(found, mistake, complaint):
+    assert re.match(complaint, found["broken"][mistake])
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = memory.build(*TINY, device="cpu", dtype=torch.float32, n_layers=1).train()
+    for dropout in (m for m in model.adapter.modules() if hasattr(m, "dropout")):
+        dropout.dropout = 0.0
+    return model
+
+
+def gradients_of(model, rows, max_tokens):
+    """Of two micro-batches, through train.accumulate. -> loss, the flat buffer"""
+    batch = train.Batch([rows[:3], rows[3:]], 4, 4, 0, sum(len(row["target"]) for row in rows))
+    flat = train.flat_gradients(list(model.trained().values()))
+    return train.accumulate(model, batch, lambda m: m, max_tokens), flat
+
+
+ROWS = [(80, 9), (120, 5), (75, 1), (99, 12)]
+
+
+@pytest.mark.parametrize("textbook", [True, False])
+def test_long_micro_batches_take_several_passes_with_the_same_gradient(monkeypatch, textbook):
+    monkeypatch.setattr(fast, "textbook", textbook)
+    model = small_model()
+    rows, passes, real = rows_of(model, ROWS), [], model.loss
+    monkeypatch.setattr(model, "loss", lambda rows, n_target_tokens: passes.append(len(rows)) or real(rows, n_target_tokens))
+    one, flat = gradients_of(model, rows, 10_000)
+    assert passes == [3, 1] and flat.abs().max() > 1e-4
+    several, again = gradients_of(model, rows, 200)
+    assert passes == [3, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(several, one)
+    torch.testing.assert_close(again, flat, atol=1e-6, rtol=1e-5)
+
+
+def test_passes_are_no_longer_than_asked():
+    row = lambda n: {"ids": [0] * (n - 1), "target": [0]}
+    parts = lambda lengths, most: [[len(r["ids"]) + 1 for r in part] for part in split_long([row(n) for n in lengths], most)]
+    assert parts([], 100) == [] and parts([10] * 4, 40) == [[10] * 4] and parts([10] * 5, 40) == [[10] * 4, [10]]
+    assert parts([10, 10, 30, 10], 40) == [[10, 10], [30], [10]], "padding counts"
+    assert parts([99, 10], 40) == [[99], [10]], "one row is computed whatever its length"
+
+
+def test_gradients_are_parts_of_one_buffer_and_summed_at_once(monkeypatch):
+    model = small_model()
+    parameters, rows = list(model.trained().values()), rows_of(model, ROWS)
+    loss, flat = gradients_of(model, rows, 10_000)
+    expected = torch.autograd.grad(model.loss(rows), parameters, allow_unused=True, materialize_grads=True)  # a key's bias does nothing
+    torch.testing.assert_close(flat, torch.cat([gradient.flatten() for gradient in expected]), atol=1e-6, rtol=1e-5)
+    sums, inside = [], lambda: all(p.grad.untyped_storage().data_ptr() == flat.data_ptr() for p in parameters)
+    assert inside()
+    monkeypatch.setattr(train, "sum_over_ranks", lambda tensor: sums.append(tensor) or tensor)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    train.update(optimizer, parameters, flat, 1e-3, 0.5, loss)
+    assert [tensor.numel() for tensor in sums] == [flat.numel(), 1], "one message for all gradients"
+    assert inside() and flat.norm() == pytest.approx(min(0.5, float(sums[0].norm())), rel=1e-4), "clipped where they are"
+
+
+def test_whispers_decoder_leaves_the_gpu(monkeypatch):
+    model, moved = small_model(), []
+    monkeypatch.setattr(DeSTA, "from_pretrained", lambda *args, **options: model)
+    model.whisper.decoder.cpu = lambda: moved.append("decoder")
+    train.build(train.Settings(recipe="demo", audio_seconds=1), torch.device("cpu"))
+    assert moved == ["decoder"]
+
+
+def test_log_mels_are_pinned_for_gpus_only(monkeypatch):
+    options = []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, **given: options.append(given) or [])
+    for name in ("cuda", "cpu"):
+        train.start_loader([], [], 0, torch.device(name))
+    assert [given["pin_memory"] for given in options] == [True, False]
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------------
+
+
+def ranks(folder, world_folder):
+    """Runs on four processes that are two nodes: the sharded LLM gives the gradients of the whole one, with unequal passes."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    dist.init_process_group("gloo")
+    rank, _ = dist.get_rank(), torch.manual_seed(0)
+    load = lambda **options: DeSTA.from_pretrained(f"{world_folder}/llm", f"{world_folder}/whisper", None, torch.float32, "cpu", n_layers=1, n_queries=4,
+                                                   audio_seconds=3, dropout=0.0, **options).train()  # fmt: skip
+    whole = load()
+    torch.manual_seed(0)
+    model = load(shard_llm=True)
+    shard = model.llm.model.layers[0].mlp.up_proj.weight
+    assert tuple(shard.device_mesh.shape) == (2, 2) and shard.to_local().numel() == shard.numel() // 2
+    group = dist.get_process_group_ranks(shard.device_mesh["processes"].get_group())
+    assert group == [rank // 2 * 2, rank // 2 * 2 + 1], "a block is gathered within its node"
+
+    rows = [rows_of(model, [(40, 5)] * n) for n in (1, 4, 0, 2)]  # each rank its own
+    everyone = train.Batch(rows, 7, 7, 0, 35)
+    flat = train.flat_gradients(list(model.trained().values()))
+    train.accumulate(model, train.Batch([rows[rank]], 7, 7, 0, 35), lambda m: m, 80)
+    dist.all_reduce(flat)
+    expected = train.flat_gradients(list(whole.trained().values()))
+    train.accumulate(whole, everyone, lambda m: m, 10_000)
+    torch.testing.assert_close(flat, expected, atol=1e-5, rtol=1e-4)
+    assert flat.abs().max() > 1e-3
+
+    weights.check_same_weights(model)
+    if rank == 3:
+        bias = model.adapter.proj[1].bias.data
+        bias[5] = torch.nextafter(bias[5], torch.tensor(9.0))
+    with pytest.raises(ValueError, match="1 weights are not the same on all ranks: adapter.proj.1.bias: all nodes need the same files"):
+        weights.check_same_weights(model)
+    run.copy_from_rank_0([*model.adapter.parameters(), *model.adapter.buffers()])
+    weights.check_same_weights(model)
+    (Path(folder) / f"{rank}.fine").touch()
+    dist.destroy_process_group()
+
+
+def test_two_nodes_of_two_processes(tiny_world, tmp_path):
+    """Shards within a node, copies between nodes; the same weights on all ranks, to the bit."""
+    torchrun(4, "tests/test_gpu.py", "ranks", tmp_path, tiny_world.folder)
+    assert len(list(tmp_path.glob("*.fine"))) == 4
+
+
+# -- with a GPU --------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_flash_attention_runs():
+    """Nothing but FlashAttention is allowed: a real training step, and a prefill."""
+    model = memory.build(*TINY, device="cuda", n_layers=2).train()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model.loss(rows_of(model, ROWS)).backward()
+        model.llm.hidden_states(torch.randn(2, 50, 64, device="cuda", dtype=torch.bfloat16))
+    assert all(p.grad.isfinite().all() for p in model.adapter.parameters())
+
+
+@needs_gpu
+def test_resume_on_a_gpu(tmp_path):
+    model = memory.build(*TINY, device="cuda", n_layers=2).train()
+    parameters, record = list(model.trained().values()), {"settings": {}, "made_from": None}
+    batch = train.Batch([rows_of(model, ROWS)], 4, 4, 0, 27)
+    for step in (1, 2):
+        optimizer, flat = torch.optim.AdamW(parameters, fused=True), train.flat_gradients(parameters)
+        assert checkpoint.load(tmp_path, model, optimizer, record, {}, set()) == step - 1
+        loss = train.accumulate(model, batch, lambda m: m, 10_000)
+        assert math.isfinite(sum(train.update(optimizer, parameters, flat, 1e-4, 1.0, loss)))
+        checkpoint.save(tmp_path, model, optimizer, step, record, keep=2)
 
 
 if __name__ == "__main__":
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(everything(Path(folder)), indent=1))
+    if sys.argv[1:2] == ["ranks"]:
+        ranks(*sys.argv[2:])
+    elif sys.argv[1:] == ["json"]:
+        with tempfile.TemporaryDirectory() as folder:
+            found = {"tiny": check_tiny(Path(folder) / "tiny"), "official": check_official(Path(folder) / "official", 4)}
+        print(json.dumps(found | {"broken": {what: broken(what) for what in ("step count", "buffer", "mask", "read")}}))
+    else:
+        print_tables()
