@@ -11,13 +11,10 @@ import collections
 import contextlib
 import importlib.util
 import json
-<<<<<<< HEAD
-=======
 import math
 import os
 import re
 import subprocess
->>>>>>> gpu
 import sys
 import tempfile
 import types
@@ -26,16 +23,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, torchrun
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train
-from engine import attention, checkpoint, decode, run, weights
+from engine import attention, checkpoint, decode, fast, run, weights
+from engine.rows import split_long
 from llama import LlamaConfig, add_lora
-from model import AUDIO_ID
+from model import AUDIO_ID, DeSTA
 from whisper import WhisperConfig
 
 spec = importlib.util.spec_from_file_location("memory", ROOT / "tools/memory.py")
