@@ -13,16 +13,26 @@ This is the part that the authors did not release:
 Rows are made in blocks; a finished block is one file in OUT.parts/. A killed job continues where it
 stopped, on any number of processes, and ends with the same rows: a block's result depends on its
 rows and the seed alone.
+
+The answers may also come from another engine (vLLM, TensorRT-LLM, an API), which is what they are
+made for. The same command with --export prompts.jsonl writes one line per row, {"id", "clip",
+"prompt", "prompt_token_ids"}, and needs neither audio nor weights; prompts.jsonl.info.json holds
+the sampling settings. The engine's answers, in any order, are lines of {"id", "text" or
+"token_ids", "finish_reason"}: "stop" for a whole answer, "length" for a cut one. The same command
+with --answers answers.jsonl goes on as if it had made them.
 """
 
+import contextlib
 import json
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engine import run
+from engine.answers import Answers, prompt_id
 from engine.checkpoint import file_hash, write_atomically, write_json
 from engine.rows import JsonLines, work_in_blocks
 from engine.run import compute_dtype, setting
@@ -77,6 +87,11 @@ class Settings:
         "cut", "rest of longer clips: cut, or split (transcribed)", choices=LONG
     )
     limit: int = setting(-1, "only the first so many clips; -1 means all", low=1)
+    ahead: int = setting(
+        -1, "1: hear the next block while the LLM answers this one; -1: on GPUs", high=1
+    )
+    export: str = setting("", "write the prompts to this file, for another engine, and stop")
+    answers: str = setting("", "file of another engine's answers to them; no LLM is loaded")
     seed: int = setting(0, "of the drawn instructions and of sampling")
 
 
@@ -131,15 +146,21 @@ class Job:
     pools: dict
     context: list
     tokenizer: Tokenizer
-    llm: Llama
-    whisper: Whisper
+    llm: Llama | None  # None: with --export and --answers
+    whisper: Whisper | None  # None: with --export
     warnings: run.Tally
     progress: bool
+    answers: Answers | None = None
+    seconds: Counter = field(default_factory=Counter)  # what the time went into
+
+    @contextlib.contextmanager
+    def timed(self, what):
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
 
     def clip(self, i):
-        """Metadata row i -> {"clip", "description", "windows"}. ValueError or OSError if it cannot
-        be used.
-        """
+        """Metadata row i -> (clip, its description). ValueError if it cannot be used."""
         clip, name, s = self.metadata[i], self.metadata.name(i), self.settings
         if missing := [key for key in ("id", "domain", "segments") if key not in clip]:
             raise ValueError(f"{name} has no {', '.join(missing)}")
@@ -155,12 +176,25 @@ class Job:
             ) from None
         if len(self.tokenizer.encode(description, special=False)) > s.max_description:
             raise ValueError(f"{name}: the description is longer than {s.max_description} tokens")
+        return clip, description
+
+    def windows(self, clip):
+        """The waveforms of its file. ValueError or OSError if it cannot be used."""
+        s = self.settings
         window = s.audio_root, s.audio_seconds, s.long_audio
-        return {
-            "clip": clip,
-            "description": description,
-            "windows": audio_windows(clip["id"], *window, self.warnings.add),
-        }
+        return audio_windows(clip["id"], *window, self.warnings.add)
+
+    def each(self, indices, use):
+        """-> {metadata row: use(clip, description)}, {metadata row: why it is skipped}"""
+        good, skipped = {}, {}
+        for i in indices:
+            try:
+                good[i] = use(*self.clip(i))
+            except Exception as error:  # one bad clip among millions is counted, not fatal
+                known = isinstance(error, (ValueError, OSError))
+                reason = str(error) if known else f"{self.metadata.name(i)}: {error!r}"
+                skipped[i] = [{"id": f"row {i + 1}", "skipped": " ".join(reason.split())}]
+        return good, skipped
 
     def rows(self, clip, description, transcript):
         """Training rows of a clip, without their responses."""
@@ -201,53 +235,57 @@ class Job:
         """Metadata rows -> training rows without responses; a clip that cannot be used gives {"id",
         "skipped": reason}.
         """
-        clips, skipped = {}, {}
-        for i in indices:
-            try:
-                clips[i] = self.clip(i)
-            except Exception as error:  # one bad clip among millions is counted, not fatal
-                known = isinstance(error, (ValueError, OSError))
-                skipped[i] = (
-                    " ".join(str(error).split()) if known else f"{self.metadata.name(i)}: {error!r}"
-                )
-        s, windows = self.settings, [clip["windows"] for clip in clips.values()]
-        transcripts = transcribe_windows(
-            self.whisper, windows, s.audio_seconds, min(128, 8 * s.audio_seconds)
-        )
-        transcripts, rows = dict(zip(clips, transcripts)), []
-        for i in indices:
-            if i in skipped:
-                rows.append({"id": f"row {i + 1}", "skipped": skipped[i]})
-            else:
-                rows += self.rows(clips[i]["clip"], clips[i]["description"], transcripts[i])
-        return rows
+        with self.timed("reading"):
+            heard = lambda clip, description: (clip, description, self.windows(clip))
+            clips, rows = self.each(indices, heard)
+        s, windows = self.settings, [windows for _, _, windows in clips.values()]
+        limit, device = min(128, 8 * s.audio_seconds), self.whisper.encoder.conv1.weight.device
+        with self.timed("transcripts"), run.beside_the_main_thread(device):
+            transcripts = transcribe_windows(self.whisper, windows, s.audio_seconds, limit)
+        for (i, (clip, description, _)), transcript in zip(clips.items(), transcripts):
+            rows[i] = list(self.rows(clip, description, transcript))
+        return [row for i in indices for row in rows[i]]
 
     def answer(self, rows):
         """Give each row the LLM's own answer to its description: the target of training."""
         s, asked = self.settings, [row for row in rows if "skipped" not in row]
-        seeds = [
-            random.Random(f"{s.seed} {row['id']} {row['prompt']}").getrandbits(62) for row in asked
-        ]
-        sampling = (
-            s.max_new_tokens,
-            s.temperature,
-            s.top_p,
-            self.tokenizer.stop_ids,
-            seeds,
-            s.batch_size,
-        )
-        answers = generate(self.llm, [self.prompt(row) for row in asked], *sampling, self.progress)
+        prompts = [self.prompt(row) for row in asked]
+        if self.answers:
+            lines = self.answers.find([prompt_id(row["id"], p) for row, p in zip(asked, prompts)])
+            for row, line in zip(asked, lines):
+                row |= self.answers.read(line, s.max_new_tokens)
+            return rows
+        seeds = [f"{s.seed} {row['id']} {row['prompt']}" for row in asked]
+        seeds = [random.Random(seed).getrandbits(62) for seed in seeds]
+        sampling = s.max_new_tokens, s.temperature, s.top_p, self.tokenizer.stop_ids, seeds
+        with self.timed("answers"):
+            answers = generate(self.llm, prompts, *sampling, s.batch_size, self.progress)
         for row, ids in zip(asked, answers):
             row["response"] = self.tokenizer.decode(ids).strip()
             if ids[-1] not in self.tokenizer.stop_ids:
                 row["truncated"] = True
         return rows
 
+    def prompts(self, indices):
+        """Metadata rows -> lines for another engine. Whether the audio can be read, only hearing
+        tells.
+        """
+        clips, lines = self.each(indices, lambda *clip: clip)
+        for i, clip in clips.items():
+            rows = list(self.rows(*clip, transcript=""))
+            lines[i] = [self.exported(row["id"], self.prompt(row)) for row in rows]
+        return [line for i in indices for line in lines[i]]
+
+    def exported(self, clip, prompt):
+        text = self.tokenizer.decode(prompt, skip_special_tokens=False)
+        id = prompt_id(clip, prompt)
+        return {"id": id, "clip": clip, "prompt": text, "prompt_token_ids": prompt}
+
 
 # -- all clips -------------------------------------------------------------------------------------
 
 
-def merge(parts, settings, description):
+def merge(parts, out, keep_truncated, description):
     """Join the block files, in order, into the output; write counts and provenance beside it. ->
     counts, reasons
     """
@@ -255,23 +293,21 @@ def merge(parts, settings, description):
     skipped = []
 
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as out:
+        with open(temporary, "w", encoding="utf-8") as file:
             for line in (line for part in parts for line in part.open(encoding="utf-8")):
                 row = json.loads(line)
                 if "skipped" in row:
-                    skipped.append(row)
-                elif row.get("truncated") and not settings.keep_truncated:
+                    skipped.append({"id": row["id"], "skipped": row["skipped"]})
+                elif row.get("truncated") and not keep_truncated:
                     counts["truncated_left_out"] += 1
                 else:
                     counts["rows"] += 1
                     counts["truncated"] += bool(row.get("truncated"))
-                    out.write(line)
+                    file.write(line)
 
-    write_atomically(settings.out, write)
+    write_atomically(out, write)
     counts["skipped"] = len(skipped)
-    write_json(
-        f"{settings.out}.info.json", description | {"counts": counts, "skipped": skipped[:1000]}
-    )
+    write_json(f"{out}.info.json", description | {"counts": counts, "skipped": skipped[:1000]})
     return counts, [row["skipped"] for row in skipped]
 
 
@@ -279,11 +315,13 @@ def main():
     s = run.parse_settings(Settings, __doc__)
     start = time.time()
     rank, world, device = run.start_processes()
-    if Path(s.out).is_dir():
-        raise ValueError(f"--out {s.out!r} is a folder: give a file name")
-    folder = Path(f"{s.out}.parts")
-    if Path(s.out).exists() and not folder.exists():
-        print(f"{s.out} is there already: nothing to do (delete it to make it anew)")
+    if s.export and s.answers:
+        raise ValueError("--export comes first, then the other engine, then --answers")
+    out, folder = s.export or s.out, Path(f"{s.export or s.out}.parts")
+    if Path(out).is_dir():
+        raise ValueError(f"{out!r} is a folder: give a file name")
+    if Path(out).exists() and not folder.exists():
+        print(f"{out} is there already: nothing to do (delete it to make it anew)")
         return
     context = read_context(s.system)
     if s.init_from:  # flag, then adapter, then recipe
@@ -296,42 +334,52 @@ def main():
     metadata, pools = JsonLines(s.metadata), read_instructions(s.instructions)
     n_clips = len(metadata) if s.limit < 0 else min(s.limit, len(metadata))
 
-    dtype = compute_dtype(device)
-    llm, whisper = (
-        Llama.from_pretrained(s.llm, dtype, device),
-        Whisper.from_pretrained(s.whisper, dtype, device),
-    )
+    tokenizer, dtype = Tokenizer(s.llm), compute_dtype(device)
+    answers = Answers(s.answers, tokenizer) if s.answers else None
+    another_engine = s.export or s.answers
+    llm = None if another_engine else Llama.from_pretrained(s.llm, dtype, device)
+    whisper = None if s.export else Whisper.from_pretrained(s.whisper, dtype, device)
     warnings = run.Tally("warnings about audio files")
-    job = Job(
-        s, metadata, pools, context, Tokenizer(s.llm), llm, whisper, warnings, progress=rank == 0
-    )
-    hashes = {"weights_sha256": file_hash(s.llm)} if rank == 0 else {}
+    job = Job(s, metadata, pools, context, tokenizer, llm, whisper, warnings, rank == 0, answers)
+    hashes = {"weights_sha256": file_hash(s.llm)} if rank == 0 and not s.export else {}
     stamp = {
         "settings": asdict(s),
         "instructions": pools,
         "context": context,
         "metadata_bytes": metadata.bytes,
     }
-    make = lambda indices: job.answer(job.hear(indices))
-    parts = work_in_blocks(n_clips, s.block, folder, stamp | hashes, rank, world, make)
+    work = n_clips, s.block, folder, stamp | hashes, rank, world
+    ahead = s.ahead == 1 or (s.ahead < 0 and device.type != "cpu")
+    if s.export:
+        parts = work_in_blocks(*work, job.prompts)
+    elif ahead:
+        parts = work_in_blocks(*work, job.answer, prepare=job.hear)
+    else:
+        parts = work_in_blocks(*work, lambda indices: job.answer(job.hear(indices)))
     warnings.close()
-    if rank == 0:
-        counts, reasons = merge(parts, s, run.description(s) | hashes)
-        shutil.rmtree(folder)
-        if counts["rows"] == 0:
-            Path(s.out).unlink()  # else the next run would find its work done
-            raise ValueError(
-                f"no clip gave a row, see {s.out}.info.json: is --audio_root right? ({counts})"
-            )
-        told = f"{counts['rows']} rows ({counts['truncated']} truncated), {counts['skipped']} clips skipped"
-        print(f"{s.out}: {told}, {time.time() - start:.0f} s")
-        if left := counts["truncated_left_out"]:
-            print(
-                f"{left} answers were longer than --max_new_tokens {s.max_new_tokens} and left out"
-            )
-        if reasons:
-            more = f" (more in {s.out}.info.json)" if len(reasons) > 5 else ""
-            print("skipped: " + "; ".join(reasons[:5]) + more)
+    if rank > 0:
+        return
+    told = run.description(s) | hashes
+    if s.export:  # what the other engine must be told
+        stop_ids = sorted(tokenizer.stop_ids)
+        sampling = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens}
+        told["sampling"] = sampling | {"stop_token_ids": stop_ids}
+    counts, reasons = merge(parts, out, s.keep_truncated, told)
+    shutil.rmtree(folder)
+    if counts["rows"] == 0:
+        Path(out).unlink()  # else the next run would find its work done
+        remedy = f"see {out}.info.json: is --audio_root right?"
+        raise ValueError(f"no clip gave a row, {remedy} ({counts})")
+    rows = f"{counts['rows']} rows ({counts['truncated']} truncated)"
+    print(f"{out}: {rows}, {counts['skipped']} clips skipped, {time.time() - start:.0f} s")
+    if job.seconds:
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in job.seconds.items())
+        print(f"rank 0: {spent}" + " (the first two while the LLM answered)" * ahead)
+    if left := counts["truncated_left_out"]:
+        print(f"{left} answers were longer than --max_new_tokens {s.max_new_tokens} and left out")
+    if reasons:
+        more = f" (more in {out}.info.json)" if len(reasons) > 5 else ""
+        print("skipped: " + "; ".join(reasons[:5]) + more)
 
 
 if __name__ == "__main__":

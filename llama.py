@@ -176,6 +176,7 @@ class Llama(nn.Module):
         self.model.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
         self.sharded = False  # see shard_blocks
+        self.lanes = None  # see engine.decode.fixed_lanes
         # keep each block's input only, and compute the rest again on the way back
         self.checkpoint_activations = False
 

@@ -131,7 +131,7 @@ class Tokenizer:
         self.folder = folder
 
     def __reduce__(self):
-        """To another process goes the folder's name: a compiled template cannot be pickled."""
+        """To another process goes the folder's name: a compiled template cannot be sent."""
         return Tokenizer, (self.folder,)
 
     @staticmethod

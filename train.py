@@ -135,7 +135,7 @@ def start_loader(data, sampler, workers, device):
     options = dict(num_workers=workers, worker_init_fn=run.ignore_signals, collate_fn=list)
     # Log-mels in pinned memory: a GPU fetches them by itself, while it computes.
     options["pin_memory"] = device.type == "cuda"
-    with run.signals_wait():  # the main process answers them, when the step is done
+    with run.children_ignore_signals():  # the main process answers them, when the step is done
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, **options))
 
 
@@ -344,6 +344,14 @@ def n_accumulated(s, world):
     return s.global_batch // (s.micro_batch * world)
 
 
+def n_steps(s, n_rows):
+    per_epoch = n_rows // s.global_batch
+    if per_epoch == 0:
+        few = f"{s.data} has {n_rows} rows, fewer than one global batch of {s.global_batch}"
+        raise ValueError(f"{few}: make more, or lower --global_batch")
+    return s.max_steps if s.max_steps >= 0 else s.epochs * per_epoch
+
+
 def build(s, device):
     """The model with a fresh adapter, or with the one of --init_from."""
     keys = "n_layers n_queries audio_seconds long_audio lora_rank max_answer_tokens dropout"
@@ -403,19 +411,14 @@ def main():
     model = build(s, device)
     data = Rows(s.data, model.reader, s)
     model.config.context = data.context()
-    per_epoch = len(data) // s.global_batch
-    if per_epoch == 0:
-        remedy = (
-            f"fewer than one global batch of {s.global_batch}: make more, or lower --global_batch"
-        )
-        raise ValueError(f"{s.data} has {len(data)} rows, {remedy}")
-    last_step = s.max_steps if s.max_steps >= 0 else s.epochs * per_epoch
+    last_step = n_steps(s, len(data))
     held_out = held_out_rows(s, model, rank, world) if s.eval_data else []
     weights = list(model.trained().values())
     n_trained = sum(weight.numel() for weight in weights)
     n_frozen = sum(p.numel() for p in model.parameters()) - n_trained
-    say(f"{len(data):,} rows, {per_epoch} steps an epoch, {last_step} steps")
-    say(f"{n_trained:,} trained and {n_frozen:,} frozen parameters")
+    say(
+        f"{len(data):,} rows, {last_step} steps; {n_trained:,} trained, {n_frozen:,} frozen weights"
+    )
 
     # optimizer, resume
     model.train()
@@ -481,8 +484,7 @@ def main():
         say(f"stopped by {stop[0]} at step {step}, saved; the same command continues")
     else:
         say(f"done: {s.out}/adapter" + (f", {skipped.n} steps skipped" if skipped.n else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    run.end_processes()
 
 
 if __name__ == "__main__":

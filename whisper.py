@@ -23,6 +23,7 @@ from torch import nn
 
 from engine import run
 from engine.attention import attend
+from engine.decode import to_host
 from engine.run import argument, default_device, setting
 from engine.sound import read_sound
 from engine.weights import BYTE_OF, Conv1d, Embedding, LayerNorm, Linear, load_weights, read_json
@@ -394,7 +395,7 @@ class Whisper(nn.Module):
         # which language.
         tokens = torch.full((B,), words.start, device=device)
         logits = next_logits(tokens, 0)
-        done = logits.softmax(-1)[:, words.no_speech] > no_speech_threshold  # (B,)
+        silent = logits.softmax(-1)[:, words.no_speech] > no_speech_threshold  # (B,)
         prompt = [torch.full_like(tokens, words.no_timestamps)]
         if words.multilingual:
             language = words.languages.start + logits[:, words.languages].argmax(-1)
@@ -404,23 +405,26 @@ class Whisper(nn.Module):
 
         suppress = torch.tensor(words.suppress, dtype=torch.long, device=device)
         logits[:, words.begin_suppress] = -torch.inf  # no empty and no blank transcript
-        rows, transcripts = torch.arange(B, device=device), [[] for _ in range(B)]
+        # clips[b]: the clip that row b of the batch decodes. The device is waited for here, and
+        # once a token.
+        clips, done, transcripts = list(range(B)), to_host(silent), [[] for _ in range(B)]
         first = 1 + len(prompt)
         for position in range(first, first + max_new_tokens):
             logits[:, suppress] = -torch.inf
-            tokens = logits.argmax(-1)  # (rows that are still here,)
-            done |= tokens == words.end
-            for row, token, ended in zip(rows.tolist(), tokens.tolist(), done.tolist()):
-                if not ended:
-                    transcripts[row].append(token)
-            if done.all():
+            tokens = logits.argmax(-1)  # (clips that are still here,)
+            for b, token in enumerate(to_host(tokens)):
+                done[b] = done[b] or token == words.end
+                if not done[b]:
+                    transcripts[clips[b]].append(token)
+            if all(done):
                 break
             # Drop the clips that have ended, so that one long transcript does not carry them along.
-            if 2 * done.sum() >= len(done):
-                keep = ~done
-                rows, tokens, done = rows[keep], tokens[keep], done[keep]
-                cross_kv = [(k[keep], v[keep]) for k, v in cross_kv]
-                cache = cache[:, :, keep]
+            if 2 * sum(done) >= len(done):
+                running = [b for b, ended in enumerate(done) if not ended]
+                clips, done = [clips[b] for b in running], [False] * len(running)
+                running = torch.tensor(running, device=device)
+                tokens, cache = tokens[running], cache[:, :, running]
+                cross_kv = [(k[running], v[running]) for k, v in cross_kv]
             logits = next_logits(tokens, position)
         return [words.decode(transcript).strip() or " " for transcript in transcripts]
 

@@ -66,11 +66,11 @@ def common_prefix(prompts):
     the shortest.
     """
     n = min(len(p) for p in prompts) - 1
+    same = torch.ones(n, dtype=torch.bool, device=prompts[0].device)
     for p in prompts[1:]:
-        same = p[:n] == prompts[0][:n]
-        same = same.all(-1) if same.dim() == 2 else same
-        n = int(same.long().cumprod(0).sum())
-    return n
+        equal = p[:n] == prompts[0][:n]
+        same &= equal.all(-1) if equal.dim() == 2 else equal
+    return int(same.long().cumprod(0).sum())  # the one wait for the device
 
 
 def attend_after_prefix(q, k, v, bias, prefix):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -240,13 +241,15 @@ def split_long(rows, max_tokens):
 # -- work in blocks --------------------------------------------------------------------------------
 
 
-def work_in_blocks(n_items, block, folder, stamp, rank, world, make):
+def work_in_blocks(n_items, block, folder, stamp, rank, world, make, prepare=None):
     """Make rows block by block, one file per finished block, so that a killed job continues where
     it stopped.
 
     make(range of item numbers) -> list of rows (dicts). Blocks are shared out over the ranks; a
     block's content must depend on its items alone. stamp: what the result depends on; files left by
     a run with another stamp are an error.
+    prepare: a thread calls prepare(range of item numbers) for the next block while make works on
+    this one, and make gets what it returns instead of the numbers.
     -> paths of the block files, in order; all of them are there.
     """
     folder = Path(folder)
@@ -269,15 +272,33 @@ def work_in_blocks(n_items, block, folder, stamp, rank, world, make):
     done = n_items - sum(len(blocks[b]) for b in todo)
     name = folder.name.split(".")[0]
     with tqdm(total=n_items, initial=done, desc=name, unit="row", disable=rank > 0) as bar:
-        for b in todo:
-            # Whoever is free takes the next block: after days of equal shares, the first rank would
-            # wait too long for the last.
-            try:
-                parts[b].with_suffix(".claim").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            rows = make(blocks[b])
+        given = ((b, prepare(blocks[b]) if prepare else blocks[b]) for b in claimed(todo, parts))
+        for b, items in one_ahead(given) if prepare else given:
+            rows = make(items)
             write_jsonl(parts[b], rows)
             bar.update(min(len(blocks[b]) * world, bar.total - bar.n))
     barrier()
     return parts
+
+
+def claimed(todo, parts):
+    """Yields the blocks that are this process's. Whoever is free takes the next one: after days of
+    equal shares, the first rank would wait too long for the last.
+    """
+    for b in todo:
+        try:
+            parts[b].with_suffix(".claim").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield b
+
+
+def one_ahead(items):
+    """The same items. A thread makes the next one while the caller works on this one. (A signal
+    waits until the thread is done, a second one does not.)
+    """
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item

@@ -191,10 +191,8 @@ def ignore_signals(worker=None):
 
 
 @contextlib.contextmanager
-def signals_wait():
-    """Signals that come while the body runs are handled after it. Processes started in it never see
-    them.
-    """
+def children_ignore_signals():
+    """Processes that are started in the body never see SIGTERM and Ctrl-C: they inherit the mask."""
     stopping = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     try:
@@ -219,7 +217,8 @@ class Tally:
 
     def add(self, text):
         self.n += 1
-        if len(self.seen) < 3 and text not in self.seen:
+        first_rank = int(os.environ.get("RANK", 0)) == 0
+        if first_rank and len(self.seen) < 3 and text not in self.seen:
             self.seen.append(text)
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
@@ -364,8 +363,27 @@ def start_processes():
     return rank, world, device
 
 
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def beside_the_main_thread(device):
+    """A context for work in a thread. On a GPU its kernels run at the same time as the main
+    thread's, and on this device (a thread begins on the first one).
+    """
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(second_stream(device))
+
+
+@functools.cache  # memory that one stream has freed is not given to another
+def second_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def compute_dtype(device):

@@ -159,7 +159,9 @@ def check_same_weights(module):
     if differing:
         names = ", ".join(differing[:3]) + ", …" * (len(differing) > 3)
         remedy = "all nodes need the same files of --llm, --whisper and --init_from"
-        raise ValueError(f"{len(differing)} weights are not the same on all ranks: {names}: {remedy}")
+        raise ValueError(
+            f"{len(differing)} weights are not the same on all ranks: {names}: {remedy}"
+        )
 
 
 def sum_of_bits(tensor):

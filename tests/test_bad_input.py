@@ -210,7 +210,8 @@ def test_jobs_over_all_bad_files(audio, world, tmp_path):
     steps = len(rows) // 8
     done = script(*training(world, tmp_path / "out", data=write_jsonl(tmp_path / "t.jsonl", rows), global_batch=8, max_steps=steps, max_skipped=9))
     assert done.status == 0, done.err
-    n = int(re.search(r"(\d+) rows left out, among them: .*t.jsonl, row \d+: ", done.out)[1])
+    assert len(re.findall(r"warning: row left out: .*t.jsonl, row \d+: ", done.err)) == 3
+    n = int(re.search(r"(\d+) rows left out", done.err)[1])
     assert refused - 8 <= n <= counts["skipped"]
     print(f"\n{len(audio)} clips: generate_data.py {counts}; train.py {n} of {8 * steps} rows left out")
 
@@ -476,6 +477,13 @@ def test_every_flag_at_its_limits(world, tmp_path):
     print(f"\n{sum(map(len, statuses.values()))} runs; ended well: {len(statuses[0])}; refused: {[s for k, v in statuses.items() if k for s in v]}")
 
 
+@pytest.mark.parametrize("out", ["", ".", "below/.."])
+def test_training_into_the_current_folder_is_refused(world, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    one_line(script(*training(world, out)), rf"^error: --out '{out}' is the current folder: name one for this run$")
+    assert not list(tmp_path.iterdir())
+
+
 def test_gpus_asked_for_but_absent(world, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -557,7 +565,7 @@ def test_nothing_in_a_model_folder_is_executed(world, tmp_path):
 def test_sources_read_no_pickles_and_run_no_text():
     """The words for it do not occur: torch.load, pickle, eval(), exec(), trust_remote_code, yaml."""
     forbidden = re.compile(r"torch\.load|pickle|(?<![\w.])eval\(|(?<![\w.])exec\(|trust_remote_code|yaml|os\.system|shell=True")
-    files = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("demo/*.py")]
+    files = [*ROOT.glob("*.py"), *(file for folder in ("engine", "benchmarks", "demo", "tools") for file in ROOT.glob(f"{folder}/**/*.py"))]
     assert len(files) > 15
     for file in files:
         assert not (found := forbidden.findall(file.read_text(encoding="utf-8"))), f"{file}: {found}"

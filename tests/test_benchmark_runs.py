@@ -161,7 +161,7 @@ def test_official_prompt_and_decoding_are_the_default_and_printed(task, runs, fi
     out, said = runs[task]
     tokens, system = OFFICIAL[task]
     n = len(read_jsonl(out))
-    assert f"{task}: {n} rows, at most 6 new tokens, greedy; prompt of the first row:\n  system: {system}\n  user: {USER[task]}\n" in said
+    assert f"{task}: {n} rows, at most 6 new tokens, greedy; first prompt:\n  system: {system}\n  user: {USER[task]}\n" in said
     one = start(*evaluate(task, files, tiny, tmp_path / "p.jsonl", limit=1))  # all defaults: only its header is waited for
     header = next((line for line in one.stdout if line.startswith(f"{task}: ")), "")
     one.kill()
@@ -173,7 +173,7 @@ def test_official_prompt_and_decoding_are_the_default_and_printed(task, runs, fi
 def test_prompt_and_decoding_can_be_overridden(files, tiny, tmp_path):
     changes = dict(system="Guess.", temperature=0.7, top_p=0.9, limit=2, **SHORT)
     done = script(*evaluate("sakura", files, tiny, tmp_path / "p.jsonl", **changes))
-    assert "sakura: 2 rows, at most 6 new tokens, temperature 0.7, top-p 0.9; prompt of the first row:\n  system: Guess.\n" in done.out
+    assert "sakura: 2 rows, at most 6 new tokens, temperature 0.7, top-p 0.9; first prompt:\n  system: Guess.\n" in done.out
     examples = [{"role": "system", "content": "Guess."}, {"role": "user", "content": "A bark. Which animal?"}, {"role": "assistant", "content": "(a) dog"}]
     (tmp_path / "examples.json").write_text(json.dumps(examples))
     done = script(*evaluate("sakura", files, tiny, tmp_path / "q.jsonl", system=tmp_path / "examples.json", limit=1, **SHORT))

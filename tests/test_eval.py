@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +122,28 @@ def test_what_a_user_can_get_wrong_is_one_clear_line(tiny_world, adapter, tmp_pa
     assert done.status != 0 and not (tmp_path / "predictions.jsonl").exists()
     with pytest.raises(ValueError, match=rf"error: .*{message}"):
         raise ValueError(done.err.splitlines()[-1])
+
+
+def test_asked_as_the_adapter_was_trained(straight, tiny_world, model, adapter, tmp_path, float32):
+    """Context, limit and models come from the adapter's config.json, unless a flag says otherwise."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    context = [{"role": "system", "content": "Guess."}, {"role": "user", "content": "A bark."}, {"role": "assistant", "content": "A dog."}]
+    replace(model.config, context=context, max_answer_tokens=5).write(tmp_path / "adapter")
+    options = flags(data=tiny_world.data / "test.jsonl", audio_root=tiny_world.data, adapter=tmp_path / "adapter")
+    done = script("eval.py", *options, "--out", out := tmp_path / "p.jsonl")
+    assert done.status == 0 and "at most 5 new tokens" in done.out and "  system: Guess.\n  user: A bark.\n  assistant: A dog.\n  user: " in done.out, done.err
+    rows = {row["id"]: row for row in read_jsonl(tiny_world.data / "test.jsonl")}
+    for row, before in zip(read_jsonl(out), read_jsonl(straight[0]), strict=True):
+        user, other = (rows[row[key]]["messages"][-1] for key in ("id", "wrong_id"))
+        mine, wrong = [*context, user], [*context, user | {"audios": other["audios"]}]
+        assert [row["answers"][slot] for slot in ("right", "wrong")] == [model.generate(messages, 5, root=tiny_world.data)[0] for messages in (mine, wrong)]
+        loss, _ = model.row_losses([model.reader.prepare(rows[row["id"]] | {"messages": mine}, tiny_world.data)])
+        assert row["loss"]["right"] == pytest.approx(loss.item(), rel=1e-4) != before["loss"]["right"]
+    done = script("eval.py", *options, *flags(out=tmp_path / "q.jsonl", limit=2, max_new_tokens=3))
+    assert done.status == 0 and "at most 3 new tokens" in done.out
+    replace(model.config, llm="gone").write(tmp_path / "adapter")
+    done = script("eval.py", *options, "--out", tmp_path / "r.jsonl")
+    assert done.status == 1 and f"{tmp_path}/adapter was trained with gone, which is no folder here: give --llm" in done.err
 
 
 # -- a published benchmark, from an official-format file ----------------------------------------------------------------------------

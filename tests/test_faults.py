@@ -467,6 +467,34 @@ def test_signal_to_torchrun(world, tmp_path, name, number):
         assert (tmp_path / f"checkpoints/step_{step:08d}/trainer.safetensors").exists()
 
 
+MANY = dict(max_steps=40, epochs=400, save_every=1000, eval_data="", workers=2)
+
+
+@pytest.fixture(scope="module")
+def straight_with_workers(world, tmp_path_factory):
+    """The folder of MANY steps by two processes with two data-loading processes each."""
+    process, pids = begin("train.py", world, folder := tmp_path_factory.mktemp("many"), 2, **MANY)
+    said = ended(process, pids, 300)
+    assert process.returncode == 0, said
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_signal_with_workers_saves_and_goes_on_to_the_same_bits(world, straight_with_workers, tmp_path, number):
+    """torchrun hands the signal to the data-loading processes too: the step that is under way needs them."""
+    process, pids = begin("train.py", world, tmp_path, 2, **MANY)
+    process.send_signal(number)
+    said = ended(process, pids, 60)
+    step = int(re.search(rf"stopped by {number.name} at step (\d+), saved; the same command continues", said)[1])
+    assert 2 < step < MANY["max_steps"] and [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:08d}"], said
+    process, pids = begin("train.py", world, tmp_path, 2, **MANY)
+    said = ended(process, pids, 300)
+    assert process.returncode == 0 and f"continuing {tmp_path} at step {step}" in said, said
+    mine, other = contents(tmp_path), contents(straight_with_workers)
+    assert mine.keys() - other.keys() == {file for file in mine if f"step_{step:08d}" in file}
+    assert all(mine[file] == other[file] for file in other), [file for file in other if mine[file] != other[file]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 2.5, 3.5])

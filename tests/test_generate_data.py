@@ -11,6 +11,8 @@ import soundfile
 from conftest import ROOT, flags, in_float32, read_jsonl, script, start, torchrun, write_jsonl
 
 import generate_data
+from model import DeSTAConfig, Reader
+from tokenizer import Tokenizer
 
 
 def command(world, out, **changes):
@@ -44,6 +46,8 @@ def test_descriptions_known_by_heart():
     dog = {"start": 59.9, "end": 3599.6, "attributes": {"Sound": "dog"}}
     plain = {"start": 61, "end": 75, "text": "Bye"}
     assert generate_data.describe([speech, dog, plain]).split("\n")[1:] == ["[00:59-60:00] (Sound: dog)", "[01:01-01:15] Bye"]
+    caption = {"start": 0, "end": 10, "attributes": {"": "A dog barks.", "Kind": "animal"}}  # a caption has no name
+    assert generate_data.describe([caption]) == "[00:00-00:10] (A dog barks., Kind: animal)"
     assert generate_data.describe([]) == ""
 
 
@@ -108,6 +112,37 @@ def test_rows_can_be_trained_on(straight, tiny_world, tmp_path):
     assert done.status == 0 and "left out" not in done.out + done.err and (tmp_path / "adapter/model.safetensors").is_file()
 
 
+def test_a_cut_answer_teaches_no_ending(straight, tiny_world):
+    tokenizer = Tokenizer(tiny_world.llm)
+    reader, endings = Reader(tokenizer, 4, 80, 3, "cut"), []
+    for row in read_jsonl(straight):
+        said, target = tokenizer.encode(row["response"], special=False), reader.prepare(row, tiny_world.data)["target"]
+        assert target[: len(said)] == said
+        endings.append((row.get("truncated", False), target[len(said) :]))
+    assert {cut for cut, _ in endings} == {True, False}
+    assert all(ending == ([] if cut else [tokenizer.eos_id]) for cut, ending in endings)
+
+
+def test_data_for_an_adapter_that_is_there(tiny_world, tmp_path, float32):
+    """--init_from: models, context, window and limit are the adapter's, unless a flag says otherwise."""
+    context = [{"role": "system", "content": "Guess."}, {"role": "user", "content": "A bark."}, {"role": "assistant", "content": "A dog."}]
+    saved = dict(llm=str(tiny_world.llm), whisper=str(tiny_world.whisper), audio_seconds=2, long_audio="split")
+    DeSTAConfig(**saved, context=context, max_answer_tokens=7).write(adapter := tmp_path / "adapter")
+    data = dict(metadata=tiny_world.data / "train.metadata.jsonl", audio_root=tiny_world.data, instructions=tiny_world.instructions)
+    options = ["generate_data.py", *flags(**data, keep_truncated=1, limit=4, init_from=adapter)]
+    done = script(*options, "--out", out := tmp_path / "rows.jsonl")
+    assert done.status == 0, done.err
+    assert saved | {"max_new_tokens": 7} == {name: info(out)["settings"][name] for name in (*saved, "max_new_tokens")}
+    assert all(row["messages"][:-1] == context for row in read_jsonl(out))
+    tokenizer = Tokenizer(tiny_world.llm)
+    assert max(len(tokenizer.encode(row["response"])) for row in read_jsonl(out)) <= 8  # 7, and what decoding may change
+    flagged = dict(whisper=str(tiny_world.whisper) + "/.", audio_seconds=3, long_audio="cut", max_new_tokens=5)
+    done = script(*options, *flags(**flagged, system="You hear a clip.", out=tmp_path / "other.jsonl"))
+    assert done.status == 0, done.err
+    assert flagged == {name: info(tmp_path / "other.jsonl")["settings"][name] for name in flagged}
+    assert all(row["messages"][:-1] == [{"role": "system", "content": "You hear a clip."}] for row in read_jsonl(tmp_path / "other.jsonl"))
+
+
 # -- what it says about itself -------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +204,7 @@ def test_bad_clips_are_skipped_and_listed(straight, tiny_world, tmp_path, float3
         (good | {"id": "clips/missing.wav"}, "no such readable file"),
         (good | {"id": "nan.wav"}, "NaN"),
         (good | {"id": "none.wav"}, "holds 0 samples"),
-        (good | {"id": "empty.wav"}, "cannot be decoded"),
+        (good | {"id": "empty.wav"}, "is empty (0 bytes)"),
         ('{"id": ', "is not JSON"),
         ({"id": "clips/00.wav"}, "has no domain, segments"),
         (good | {"domain": "smell"}, "no instructions for domain 'smell'"),

@@ -174,8 +174,8 @@ def test_cached_equals_uncached(tmp_path):
 @torch.no_grad()
 def test_slots_grow_and_shrink_with_their_rows(tmp_path, monkeypatch):
     llm, rng, sizes = tiny(tmp_path), random.Random(0), []
-    fit = decode.KVCache.fit
-    monkeypatch.setattr(decode.KVCache, "fit", lambda cache, length: fit(cache, length) or sizes.append(cache.layers[-1][0].shape[2]))
+    fit = decode.GrowingLanes.fit
+    monkeypatch.setattr(decode.GrowingLanes, "fit", lambda lanes, length: fit(lanes, length) or sizes.append(lanes.layers[-1][0].shape[2]))
     prompts = [[rng.randrange(199) for _ in range(n)] for n in (300, 60, 50, 20)]
     for prompt, answer in zip(prompts, llama.generate(llm, prompts, 90, batch_size=2)):
         ids = torch.tensor([prompt + answer])

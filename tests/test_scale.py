@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from test_model import ReferenceDeSTA, gradient
 from test_qformer import ReferenceQFormer
 
+import generate_data
 import llama
 import train
 from engine import rows as engine_rows
@@ -212,9 +214,9 @@ def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
     vectors = torch.cat([model.audio_vectors(model.reader.mels(name, long_clips)) for name in windows])  # (8, n, d)
     ids, transcript = torch.tensor(row["ids"]), lambda text: model.tokenizer.encode(text, special=False)
     runs = [list(group) for group in torch.arange(len(ids))[ids == AUDIO_ID].split([3 * n, n, 4 * n])]
-    for run, text in zip(runs, ("one two", " ", "three")):
-        end = int(run[-1]) + 1
-        assert int(run[-1] - run[0]) == len(run) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
+    for places, text in zip(runs, ("one two", " ", "three")):
+        end = int(places[-1]) + 1
+        assert int(places[-1] - places[0]) == len(places) - 1 and row["ids"][end : end + len(transcript(text))] == transcript(text), "vectors, then the transcript"
     x = model.embed(ids[None], row["mels"])[0]
     torch.testing.assert_close(x[ids == AUDIO_ID], vectors.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert torch.equal(x[ids != AUDIO_ID], model.llm.embed(ids[ids != AUDIO_ID]))
@@ -297,6 +299,25 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     for command in (["train.py", *options, *models], ["generate_data.py", *models, *data[:2], "--out", tmp_path / "x"]):
         failed = script(*command, "--long_audio", "some")
         assert failed.status == 2 and "argument --long_audio: 'some' is none of cut, split" in failed.err
+
+
+def test_many_long_clips_are_three_lines_and_a_total(tiny_world, long_clips, tmp_path):
+    """Counted over the data-loading processes of train.py, and in generate_data.py."""
+    names = [f"again{i}.wav" for i in range(8)]
+    for name in names:
+        shutil.copy(long_clips / "long.wav", long_clips / name)
+    segment = {"start": 0, "end": 7.5, "text": "x", "attributes": {"Kind": "kind 1"}}
+    write_jsonl(tmp_path / "metadata.jsonl", [{"id": name, "domain": "speech", "segments": [segment]} for name in names])
+    models = flags(llm=tiny_world.llm, whisper=tiny_world.whisper, audio_root=long_clips)
+    data = flags(metadata=tmp_path / "metadata.jsonl", out=tmp_path / "train.jsonl", instructions=tiny_world.instructions, audio_seconds=3)
+    generated = script("generate_data.py", *models, *data, *flags(keep_truncated=1, block=3))
+    options = flags(data=tmp_path / "train.jsonl", eval_data="", out=tmp_path / "out", max_steps=2, global_batch=4, micro_batch=1, standardize=2, workers=2, max_answer_tokens=99)
+    trained = script("train.py", *models, *options, *flags(**tiny_world.adapter))
+    for done in (generated, trained):
+        assert done.status == 0, done.err
+        lines = [line for line in re.split("[\r\n]+", done.err) if "heard" in line or "warnings" in line]
+        assert [bool(re.search(r"warning: .*/again\d.wav lasts 7.5 s: only the first 3 s are heard", line)) for line in lines] == [True, True, True, False]
+        assert len(set(lines)) == 4 and lines[3] == "8 warnings about audio files"
 
 
 # -- LoRA ------------------------------------------------------------------------------------------------------------------
@@ -387,6 +408,22 @@ def test_lora_dropout_in_training_only(tiny_world):
 
 
 # -- many processes, small cards ---------------------------------------------------------------------------------------------
+
+
+def test_rows_are_prepared_in_any_process(tiny_world, tmp_path):
+    """To a data-loading process go the tokenizer's folder and numbers, not the model; under forkserver, the default of Python 3.14, too."""
+    reader, settings = load(tiny_world, "").reader, train.Settings(audio_root=str(tiny_world.data))
+    many = train.Rows(write_jsonl(tmp_path / "many.jsonl", [{"i": i} for i in range(5000)]), reader, settings)
+    assert len(pickle.dumps(many)) < 5000
+    rows = train.Rows(tiny_world.data / "train.jsonl", reader, settings)
+    sent = pickle.dumps(rows)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=list, num_workers=2, multiprocessing_context="forkserver", worker_init_fn=run.ignore_signals)
+    again, loaded = pickle.loads(sent), [row for batch in loader for row in batch]
+    for i, row in enumerate(loaded):
+        for other in (rows[i], again[i]):
+            assert other.keys() == row.keys() and all(map(torch.equal, other["mels"], row["mels"]))
+            assert all(other[key] == row[key] for key in other if key != "mels")
+    assert len(loaded) == 24 and all("ids" in row for row in loaded)
 
 
 def train_command(world, out, **changes):
@@ -668,9 +705,13 @@ def test_recipe_of_the_paper(tmp_path):
     assert launcher == ["--nnodes=1", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29500"]
     settings = run.parse_settings(train.Settings, "", [part for name, value in given.items() for part in (f"--{name}", value)])
     assert (settings.llm, settings.data, settings.eval_data, settings.micro_batch, settings.global_batch) == ("L", "D", "", 12, 96)
-    for field in dataclasses.fields(train.Settings):  # "…; paper: 6" in the help of a setting
-        if said := re.search(r"paper: ([\d.e-]+\d)", field.metadata["help"]):
-            assert getattr(settings, field.name) == float(said[1]), field.name
+    papers = {field.name: field.metadata["values"]["paper"] for field in dataclasses.fields(train.Settings) if "paper" in field.metadata["values"]}
+    assert len(papers) > 15 and papers == {name: getattr(settings, name) for name in papers}
     launcher, given = called("--shard_llm", "1", NODES="4", HEAD="node0:29500")
     assert "--nnodes=4" in launcher and "--rdzv_endpoint=node0:29500" in launcher and (given["micro_batch"], given["shard_llm"]) == ("3", "1")
     assert [called(GPUS=gpus)[1]["micro_batch"] for gpus in ("1", "4", "16")] == ["12", "12", "6"]
+    before, given = called(DATA="", METADATA="M", INSTRUCTIONS="I", OUT="O")  # without targets they are made first
+    made = before[before.index("generate_data.py") + 1 :]
+    settings = run.parse_settings(generate_data.Settings, "", made[: made.index("--out") + 2])
+    assert (settings.recipe, settings.metadata, settings.instructions, settings.max_new_tokens) == ("paper", "M", "I", 300)
+    assert settings.out == given["data"] == "O/targets.jsonl"

@@ -294,7 +294,7 @@ def bad_rows(tiny_world):
         ("[1, 2]", "is not a JSON object"),
         (good | {"messages": spoken("clips/missing.wav")}, "clips/missing.wav: no such readable file"),
         (good | {"messages": spoken(folder / "nan.wav")}, "NaN"),
-        (good | {"messages": spoken(folder / "empty.wav")}, "empty.wav cannot be decoded"),
+        (good | {"messages": spoken(folder / "empty.wav")}, "empty.wav is empty"),
         (good | {"messages": [{"role": "user", "content": "<|AUDIO|>\n\nWho?"}]}, "has 1 <|AUDIO|> but 0 audios"),
         ({"messages": good["messages"]}, "KeyError('response')"),
         (good | {"response": "word " * 301}, "answer longer than --max_answer_tokens 300"),
