@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train
-from engine import attention, checkpoint, decode, fast, run, weights
+from engine import attention, checkpoint, fast, run, weights
 from engine.rows import split_long
 from llama import LlamaConfig, add_lora
 from model import AUDIO_ID, DeSTA
@@ -46,17 +46,14 @@ aten = torch.ops.aten
 TINY = LlamaConfig(300, 64, 3, 4, 2, 16, 96, 1e-5, 1e4, None, False), WhisperConfig(80, 64, 4, 4, 96, 2, 4, 96, 300, 50)
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh"}
 
-# engine/decode.py without its form for GPUs: a prompt after what all begin with has a mask, and reads have no name of their own.
-FIXED_LANES = hasattr(decode, "FixedLanes")
-MASKED = {"decoding"} if FIXED_LANES else {"decoding", "prefill"}
 # Where the host waits for the device: (function, what for). The test fails when a read comes from anywhere else.
 READS = {
     "training": {"batches": "counts of the global batch", "update": "loss and norm", "asked": "a signal to any rank"},
     "evaluation": {"evaluate": "losses, and how many rows the ranks have"},
     "saving": {"save": "the checkpoint", "save_adapter": "the adapter"},
     "fitting": {"fit": "torch.cov looks at its input"},
-    "generation": {"common_prefix": "what all prompts begin with", "to_host" if FIXED_LANES else "generate": "the tokens"},
-    "transcription": {"to_host" if FIXED_LANES else "transcribe_encoded": "the tokens, and who has ended"},
+    "generation": {"common_prefix": "what all prompts begin with", "to_host": "the tokens"},
+    "transcription": {"to_host": "the tokens, and where nobody speaks"},
 }
 
 
@@ -147,7 +144,7 @@ class Device(TorchDispatchMode):
         assert k.shape[1] == q.shape[1] or enable_gqa
         assert not is_causal or T == S, "causal attention of a part of the keys starts at the first one"
         if attn_mask is not None:
-            assert part in MASKED, f"a mask in {part}: FlashAttention has none"
+            assert part == "decoding", f"a mask in {part}: FlashAttention has none"
             assert attn_mask.device == q.device and attn_mask.dtype == q.dtype
         mask = "mask" if attn_mask is not None else "causal" if is_causal else "all"
         self.shapes[part, tuple(q.shape), tuple(k.shape), mask] += 1
@@ -312,8 +309,9 @@ def check_tiny(folder):
         d.reads.clear()
         generate(d, model, [90, 95, 80], 3, batch_size=2)
         found["generation"] = dict(d.reads)
-        if FIXED_LANES:  # without, shapes are made of what is read
-            transcribe(d, model)
+        d.reads.clear()
+        transcribe(d, model)
+        found["transcription"] = dict(d.reads)
     return found
 
 
@@ -407,16 +405,15 @@ def test_training_and_generation_stay_on_the_device(found):
         step = found[sizes]["step" if sizes == "tiny" else "reads of a step"]
         assert step == {"asked": 1, "batches": 1, "update": 2}, "the host waits for the device elsewhere, or more often"
     reads = found["official"]["reads of a generation"]
-    tokens = reads.pop("to_host" if FIXED_LANES else "generate")
-    assert tokens == 5, "three prompts are admitted one by one, then two steps"
-    assert reads.keys() == {"common_prefix"} and reads["common_prefix"] <= 2
+    assert reads == {"common_prefix": 1, "to_host": 5}, "three prompts are admitted one by one, then two steps"
+    assert found["tiny"]["transcription"] == {"to_host": 5}, "where nobody speaks, then each of four tokens"
 
 
 def test_flash_attention_can_run_in_training_and_prefill(found):
     shapes = found["official"]["shapes of a step"] + found["official"]["shapes of a generation"]
     kinds = {(part, mask) for part, _, _, mask, _ in shapes}
     assert {("encoder", "all"), ("adapter", "all"), ("LLM", "causal"), ("prefill", "causal")} <= kinds
-    assert {part for part, mask in kinds if mask == "mask"} <= MASKED
+    assert {part for part, mask in kinds if mask == "mask"} == {"decoding"}
     assert not torch.backends.cuda.cudnn_sdp_enabled(), "cuDNN's attention would come first on H100"
 
 
