@@ -479,15 +479,15 @@ def straight_with_workers(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_signal_with_workers_saves_and_goes_on_to_the_same_bits(world, straight_with_workers, tmp_path, number):
-    """torchrun hands the signal to the data-loading processes too: the step that is under way needs them."""
-    process, pids = begin("train.py", world, tmp_path, 2, **MANY)
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 2), pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow)])
+def test_signal_with_workers_saves_and_goes_on_to_the_same_bits(world, straight_with_workers, tmp_path, number, workers):
+    """torchrun hands the signal to the data-loading processes too: the step that is under way needs them. Several epochs."""
+    process, pids = begin("train.py", world, tmp_path, 2, **MANY | {"workers": workers})
     process.send_signal(number)
     said = ended(process, pids, 60)
     step = int(re.search(rf"stopped by {number.name} at step (\d+), saved; the same command continues", said)[1])
     assert 2 < step < MANY["max_steps"] and [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:08d}"], said
-    process, pids = begin("train.py", world, tmp_path, 2, **MANY)
+    process, pids = begin("train.py", world, tmp_path, 2, **MANY | {"workers": workers})
     said = ended(process, pids, 300)
     assert process.returncode == 0 and f"continuing {tmp_path} at step {step}" in said, said
     mine, other = contents(tmp_path), contents(straight_with_workers)
