@@ -31,7 +31,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -55,7 +54,7 @@ class Settings:
     out: str = setting("", "metadata to write, NAME.metadata.jsonl; for instructions: a folder")
     audio_root: str = setting("", "the ids are paths from here; by default the corpus's own folder")
     test: str = setting("", "hold out these groups (speakers, …) instead: names, with commas")
-    attribute: str = setting("Audio category", "folder: what its labels are called")
+    attribute: str = setting("Sound", "folder: what its labels are called")
     domain: str = setting("sound", "folder: speech, sound or music, the pool of instructions")
 
 
@@ -254,7 +253,7 @@ def asterisk(root):
 
 
 @corpus("folder", "your own", "yours", by="recording")
-def folder(root, attribute="Audio category", domain="sound"):
+def folder(root, attribute="Sound", domain="sound"):
     """One folder per label, what most people have: my_sounds/door knock/any/depth/1.wav.
 
     A first level of train, validation and test is taken as the split. --attribute says what the
@@ -693,7 +692,7 @@ def listen_to_all(clips, keep_mels):
     keep_mels = keep_mels and len(clips) <= of_corpus
     damaged = run.Tally("damaged files, used as far as they go")
     torch.set_num_threads(1)
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPool(run.n_cores()) as pool:
         keep = lambda clip: keep_mels and sizes[label(clip)] <= of_label
         heard = pool.imap(lambda clip: listen(clip, keep(clip), damaged.add), clips)
         heard = list(tqdm(heard, "listening", len(clips), unit=" clips"))

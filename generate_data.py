@@ -23,6 +23,7 @@ with --answers answers.jsonl goes on as if it had made them.
 """
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -36,6 +37,7 @@ from engine.answers import Answers, prompt_id
 from engine.checkpoint import file_hash, write_atomically, write_json
 from engine.rows import JsonLines, work_in_blocks
 from engine.run import compute_dtype, setting
+from engine.weights import read_json
 from llama import Llama, generate
 from model import (
     AUDIO,
@@ -311,6 +313,18 @@ def merge(parts, out, keep_truncated, description):
     return counts, [row["skipped"] for row in skipped]
 
 
+def check_finished(s, out):
+    """ValueError where a finished output was made with other settings."""
+    info = Path(f"{out}.info.json")
+    if not info.is_file():
+        return
+    before, free = read_json(info)["settings"], ("out", "batch_size", "block", "ahead", "answers")
+    other = [k for k, v in asdict(s).items() if k not in free and before.get(k, v) != v]
+    if other:
+        remedy = "delete it, or give another --out"
+        raise ValueError(f"{out} was made with another {', '.join(other)}: {remedy}")
+
+
 def main():
     s = run.parse_settings(Settings, __doc__)
     start = time.time()
@@ -320,9 +334,6 @@ def main():
     out, folder = s.export or s.out, Path(f"{s.export or s.out}.parts")
     if Path(out).is_dir():
         raise ValueError(f"{out!r} is a folder: give a file name")
-    if Path(out).exists() and not folder.exists():
-        print(f"{out} is there already: nothing to do (delete it to make it anew)")
-        return
     context = read_context(s.system)
     if s.init_from:  # flag, then adapter, then recipe
         saved = DeSTAConfig.from_adapter(s.init_from)
@@ -331,6 +342,10 @@ def main():
             s.max_new_tokens = saved.max_answer_tokens
         if saved.context is not None and "system" not in s.given:
             context = saved.context
+    if Path(out).exists() and not folder.exists():
+        check_finished(s, out)
+        print(f"{out} is there already: nothing to do (delete it to make it anew)")
+        return
     metadata, pools = JsonLines(s.metadata), read_instructions(s.instructions)
     n_clips = len(metadata) if s.limit < 0 else min(s.limit, len(metadata))
 
@@ -375,6 +390,9 @@ def main():
     if job.seconds:
         spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in job.seconds.items())
         print(f"rank 0: {spent}" + " (the first two while the LLM answered)" * ahead)
+    if not s.export:  # a look at what the LLM made of the descriptions
+        for row in map(json.loads, itertools.islice(open(out, encoding="utf-8"), 3)):
+            print(f"  {row['seed_description']} -> {row['response']}")
     if left := counts["truncated_left_out"]:
         print(f"{left} answers were longer than --max_new_tokens {s.max_new_tokens} and left out")
     if reasons:

@@ -180,11 +180,12 @@ class Reader:
 
         def fill_and_hear(audio):
             ids = fill(audio)
-            if AUDIO_ID in ids:  # else the clip is told in words, or left out: no need to load it
-                windows = self.mels(audio["audio"], root, warn)
-                mels.extend(windows)
-                ids = fill(audio | {"windows": len(windows)}) if len(windows) > 1 else ids
-            return ids
+            if AUDIO_ID not in ids:  # the clip is told in words, or left out: no need to load it
+                return ids
+            windows = self.mels(audio["audio"], root, warn)
+            mels.extend(windows)
+            # With --long_audio split the file has told only now how many windows it fills.
+            return fill(audio | {"windows": len(windows)})
 
         return build_prompt(self.tokenizer, messages, fill_and_hear), mels
 
@@ -358,14 +359,15 @@ class DeSTA(torch.nn.Module):
         sequences = [torch.tensor(row["ids"] + row["target"]) for row in rows]
         ids = pad_sequence(sequences, batch_first=True)  # (B, T)
         # Where the targets are predicted: one before each. Made on the CPU, for a boolean mask
-        # would make a GPU wait. (n_targets,)
+        # would make a GPU wait. row and position: (n_targets,)
         row = torch.cat([torch.full((len(r["target"]),), b) for b, r in enumerate(rows)])
         position = torch.cat([len(r["ids"]) - 1 + torch.arange(len(r["target"])) for r in rows])
         mels = [mel for r in rows for mel in r["mels"]]
         hidden = self.llm.hidden_states(self.embed(ids[:, :-1], mels))  # (B, T - 1, d_llm)
         # The head comes after the selection: it is the largest product, and most positions are
-        # prompt. (n_targets, vocab_size)
-        logits = self.llm.lm_head(hidden[row.to(self.device), position.to(self.device)]).float()
+        # prompt.
+        hidden = hidden[row.to(self.device), position.to(self.device)]  # (n_targets, d_llm)
+        logits = self.llm.lm_head(hidden).float()  # (n_targets, vocab_size)
         return F.cross_entropy(logits, ids[row, position + 1].to(self.device), reduction="none")
 
     def loss(self, rows, n_target_tokens=None, root=None):
@@ -532,8 +534,8 @@ def load_to_ask(s, device=None):
     llm, whisper = s.llm or saved.llm, s.whisper or saved.whisper
     for flag, folder in (("llm", llm), ("whisper", whisper)):
         if not getattr(s, flag) and not Path(folder).is_dir():
-            trained = f"{s.adapter} was trained with {folder}, which is no folder here"
-            raise FileNotFoundError(f"{trained}: give --{flag}")
+            problem = f"{s.adapter} was trained with {folder}, which is no folder here"
+            raise FileNotFoundError(f"{problem}: give --{flag}")
     audio_dtype = torch.float32 if s.precision == "official" else None
     changes = {"long_audio": s.long_audio} if s.long_audio else {}
     options = dict(device=device, audio_dtype=audio_dtype, **changes)
@@ -581,8 +583,12 @@ def main():
             return
         try:
             if text.startswith("/audio "):
-                load_audio(audio_file(text.removeprefix("/audio ").strip()), max_seconds=1)
-                new_clips.append(text.removeprefix("/audio ").strip())
+                file = text.removeprefix("/audio ").strip()
+                load_audio(audio_file(file), max_seconds=1)
+                new_clips.append(file)
+                print(f"added {file}: it stands before the next question")
+            elif text.startswith("/"):
+                print("/audio FILE adds a clip, Ctrl-D ends; all else is a question")
             elif text:
                 messages = ask([*messages, turn(text.replace(AUDIO, ""))])
                 new_clips = []

@@ -10,8 +10,8 @@ cross-attention to the audio, feed-forward, each followed by its LayerNorm.
 Attribute names spell the official checkpoint: "perception.connector." + a name of this module's
 state_dict.
 
-What the rest of the code needs of an adapter is forward(taps), n_vectors, fit(…), state_to_save().
-Another one, an MLP say, needs these four and a line in DeSTA.from_pretrained
+What the rest of the code needs of an adapter is forward(taps), n_vectors, fit(…), state_to_save()
+and flops(…). Another one, an MLP say, needs these five and a line in DeSTA.from_pretrained
 (tests/test_adapter_seam.py trains one).
 """
 
@@ -147,9 +147,9 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean, std, table):
-        """Fit a fresh Q-Former to its neighbours, so that it learns faster (LOG.md, "learning to
-        hear"). Not in the paper.
+        """Fit a fresh Q-Former to Whisper before it and the LLM after it. Not in the paper.
 
+        It then learns faster (LOG.md, "learning to hear").
         mean, std (d_model,): of each channel of the taps. Whisper's middle states have a few huge
         channels that drown the others in keys and values; from now on each is brought to mean 0 and
         deviation 1. table (vocab_size, d_llm): the LLM's token embeddings. The vectors get their
@@ -158,12 +158,21 @@ class QFormer(nn.Module):
         self.tap_mean.copy_(mean)
         self.tap_std.copy_(std)
         # proj's LayerNorm hands on channels of unit variance, so each column of its Linear sets the
-        # spread along one direction. (d_llm,) ascending, (d_llm, d_llm)
-        variance, directions = torch.linalg.eigh(torch.cov(table.float().T))
-        # (d_llm, at most d_model)
+        # spread along one direction: the largest first, at most d_model of them.
+        variance, directions = torch.linalg.eigh(torch.cov(table.float().T))  # ascending
         spread = (directions * variance.clamp(min=0).sqrt()).flip(1)[:, : self.config.d_model]
         self.proj[1].weight.zero_()[:, : spread.shape[1]] = spread
         self.proj[1].bias.copy_(table.float().mean(0))
+
+    def flops(self, n_frames):
+        """Of a clip, forward and backward; n_frames in each tap."""
+        c = self.config
+        queries = (
+            c.n_layers * 6 * (6 * c.d_model**2 + 2 * c.d_model * c.d_ff) * c.n_taps * c.n_queries
+        )
+        # cross-attention: every query of every head with every channel of every frame, twice
+        frames = c.n_layers * 4 * 2 * c.n_heads * c.n_queries * c.d_model * c.n_taps * n_frames
+        return queries + frames
 
     def state_to_save(self):
         """{official name: tensor}, with (x - mean) / std made part of the cross-attention's keys

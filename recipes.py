@@ -12,7 +12,8 @@ released configuration.
 GENERATE_DATA = dict(
     # What stands before the question. The demo's small LLM needs worked examples (LOG.md).
     system=dict(demo="demo/context.json", paper="Focus on the audio clips and instructions."),
-    # One instruction a line, a file per domain. The paper's pool: `python corpora.py instructions`.
+    # One instruction a line, a file per domain. The paper's pool can be read
+    # back from its rows: `python corpora.py instructions AQA5M_FOLDER --out instructions`.
     instructions=dict(demo="demo/instructions", paper="instructions"),
     temperature=dict(demo=0.05, paper=0.05),
     top_p=dict(demo=1.0, paper=1.0),

@@ -79,9 +79,8 @@ class Settings:
 
 
 # What may change when a run goes on.
-FREE = "max_steps epochs eval_every eval_rows save_every keep workers micro_batch out max_skipped"
-FREE = {*FREE.split(), "shard_llm", "checkpoint_activations", "textbook", "recipe"}
-FREE |= {"max_tokens_per_pass"}
+FREE = """max_steps epochs eval_every eval_rows save_every keep workers out max_skipped recipe
+    micro_batch max_tokens_per_pass shard_llm checkpoint_activations textbook""".split()
 # What comes from the adapter of --init_from, unless a flag says otherwise.
 INHERITED = "llm whisper n_layers n_queries lora_rank audio_seconds long_audio max_answer_tokens"
 
@@ -173,11 +172,8 @@ def n_computed(row, model):
     it is kept (engine/fast.py).
     """
     n = len(row["ids"]) + len(row["target"])
-    return (
-        n - row["ids"].index(AUDIO_ID)
-        if row["mels"] and fast.wanted(model.llm.lm_head.weight)
-        else n
-    )
+    kept = row["mels"] and fast.wanted(model.llm.lm_head.weight)
+    return n - row["ids"].index(AUDIO_ID) if kept else n
 
 
 def held_out_rows(s, model, rank, world):
@@ -194,24 +190,18 @@ def held_out_rows(s, model, rank, world):
 
 
 def measure_taps(model, rows, n_clips):
-    """Mean and standard deviation of each channel of the encoder taps over n_clips clips. shapes =
-    (d_model,)
-    """
+    """Mean and standard deviation (d_model,) of each channel of the taps over n_clips clips."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(rows), max(1, len(rows) // n_clips)):
         row = rows[i]
         if row.get("mels"):
-            # (clips, n_taps, T, d_model)
             taps = model.whisper.encode(torch.stack(row["mels"]), model.taps)
-            taps = taps.double().flatten(0, 2)
-            count, total, squares = (
-                count + len(taps),
-                total + taps.sum(0),
-                squares + taps.square().sum(0),
-            )
+            taps = taps.double().flatten(0, 2)  # (clips * taps * frames, d_model)
+            count += len(taps)
+            total, squares = total + taps.sum(0), squares + taps.square().sum(0)
     if count == 0:
         none = f"none of {n_clips} rows of {rows.rows.path} has audio that can be used"
-        raise ValueError(f"{none}: is --audio_root right?")
+        raise ValueError(f"{none}: is --audio_root right? {rows[0].get('left_out', '')}")
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
 
@@ -233,18 +223,13 @@ def flops(model, n_clips, n_tokens, n_targets):
     own), a frozen encoder weight 2 (no gradient at all), a trained weight 6. Attention products are
     left out of the LLM's count.
     """
-    llm, q, w = model.llm.config, model.adapter.config, model.whisper.config
-    per_block = sum(p.numel() for p in model.llm.model.layers[0].parameters())
+    llm, w = model.llm.config, model.whisper.config
     frames = 50 * model.config.audio_seconds
     encoder = 2 * frames * w.encoder_layers * (12 * w.d_model**2 + 2 * frames * w.d_model)
-    # cross-attention: every query of every head with every channel of every frame, for scores and
-    # sums, forward and backward
-    frames_read = q.n_layers * 4 * 2 * q.n_heads * q.n_queries * q.d_model * q.n_taps * frames
-    queries = q.n_layers * 6 * (6 * q.d_model**2 + 2 * q.d_model * q.d_ff) * q.n_taps * q.n_queries
+    per_block = sum(p.numel() for p in model.llm.model.layers[0].parameters())
+    blocks = 4 * per_block * llm.n_layers * n_tokens
     head = 4 * llm.d_model * llm.vocab_size * n_targets
-    return (
-        n_clips * (encoder + frames_read + queries) + 4 * per_block * llm.n_layers * n_tokens + head
-    )
+    return n_clips * (encoder + model.adapter.flops(frames)) + blocks + head
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 walkthrough.py: one held-out clip through the whole method, every stage printed. Read it beside
 model.py.
 
-    python demo/walkthrough.py                  # before training too: then with a random adapter,
-    which hears nothing python demo/walkthrough.py --row 7 --adapter out/demo/adapter
+    python demo/walkthrough.py                                  # after demo/prepare.py
+    python demo/walkthrough.py --row 7 --adapter out/demo/adapter
+
+Before training the adapter is a random one, which hears nothing.
 """
 
 import sys

@@ -43,7 +43,9 @@ class JsonLines:
         missing = [file for file in self.files if not file.is_file()]
         if missing or not self.files:
             name = missing[0] if missing else f"{path}/*.jsonl"
-            remedy = "`python demo/prepare.py` and `python generate_data.py` make the demo's"
+            remedy = (
+                "is the path right? `python demo/prepare.py` and generate_data.py make the demo's"
+            )
             raise FileNotFoundError(f"{name} is missing: {remedy}")
         self.path, self.starts = path, [row_starts(file) for file in self.files]
         self.bytes = sum(int(starts[-1]) for starts in self.starts)

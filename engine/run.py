@@ -305,7 +305,8 @@ def peak_memory(device):
     """Bytes that this process held at most."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_flops(device, dtype):
@@ -355,12 +356,16 @@ def start_processes():
     elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets one thread per process; share the cores among the processes of this node
         # instead.
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        )
+        torch.set_num_threads(max(1, n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return rank, world, device
+
+
+def n_cores():
+    """Cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not so on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
 
 
 def end_processes():

@@ -29,6 +29,9 @@ class MLP(torch.nn.Module):
     def fit(self, mean, std, table):
         self.map[2].bias.data.copy_(table.float().mean(0))
 
+    def flops(self, n_frames):
+        return 6 * sum(p.numel() for p in self.parameters()) * self.n_vectors
+
     def state_to_save(self):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
