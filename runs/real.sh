@@ -50,7 +50,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1
 run() { torchrun --standalone --nproc_per_node="${PROCESSES:-2}" "$@"; }
 
-step "weights and the demo's clips" python demo/prepare.py --data_dir "$DATA" --n_train 400 --n_test 75
+step "weights and the demo's clips" python demo/prepare.py --data_dir "$DATA" --n_train "${CLIPS:-400}" --n_test "${TEST_CLIPS:-75}"
 begin=$SECONDS # what follows needs no network
 
 # Audio ids start from $DATA: the demo's clips lie there, and each corpus is a link.
