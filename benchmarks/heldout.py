@@ -1,16 +1,19 @@
 """
-heldout.py: does the trained model hear? The demo's own benchmark, on clips whose sentences, voices
-and parameters were never trained on.
+heldout.py: does the trained model hear? Our own benchmark, on clips whose sentences, voices,
+recordings or notes were never trained on.
 
 (a) Loss of the target (what the LLM wrote about the description) when the prompt holds the right
     clip, a wrong clip (audio and transcript of another held-out clip, of any domain), no clip, or
-    the description in its place.
-(b) How often the answer names an attribute of the clip: the model's for the right and for a wrong
-    clip, and the target, which is the upper bound, because nothing can be learned that the targets
-    do not say. An attribute is named if the words of its value stand in the answer, and no other
-    value of that attribute does.
+    the description in its place. Two more tell hearing from reading: the clip's transcript without
+    any sound (`transcript`), and with the wrong clip's sound (`wrong_sound`).
+(b) How often the answer names an attribute of the clip: the model's for each of these, and the
+    target, which is the upper bound, because nothing can be learned that the targets do not say. An
+    attribute is named if the words of its value stand in the answer, and no other value of that
+    attribute does.
     `same_domain` is chance: the same answers, scored against the labels of other clips of the same
     domain. It is stricter than the wrong clip, which is mostly of another domain.
+    Per corpus, chance is taken within the corpus, and an attribute that has one value there is left
+    out: naming it takes no hearing.
 
 Questions are asked as the adapter was trained to be asked (its config.json): after its own context,
 and with its own limit of tokens.
@@ -29,13 +32,14 @@ import numpy as np
 from benchmarks import common
 
 MAX_NEW_TOKENS = 36  # for an adapter that does not say; eval.py prefers its own limit
-CLIPS = ("description", "right", "wrong", "none")  # what the prompt holds
-ANSWERS = ("text", "right", "wrong", "same_domain")
+ASKED = ("right", "wrong", "transcript", "wrong_sound")  # what stands in the clip's place
+CLIPS = ("description", *ASKED, "none")  # the same for the losses
+ANSWERS = ("text", *ASKED, "same_domain")
 
 
 def load(path, audio_root, metadata=""):
-    """Rows that generate_data.py wrote, with "messages" (right clip), "wrong_messages", "domain"
-    and "attributes".
+    """Rows that generate_data.py wrote, with "messages" (right clip), "wrong_messages",
+    "wrong_sound_messages", "domain" and "attributes".
 
     metadata: the file with the labels, by default the one that the rows were made from.
     """
@@ -60,8 +64,10 @@ def load(path, audio_root, metadata=""):
         *before, question = row["messages"]
         audio = question["audios"][0] | {"description": row["seed_description"]}
         question["audios"] = [audio]
-        wrong = question | {"audios": other["messages"][-1]["audios"]}
-        row["wrong_messages"] = [*before, wrong]
+        [wrong] = other["messages"][-1]["audios"][:1]
+        wrong_sound = wrong | {"text": audio.get("text")}
+        row["wrong_messages"] = [*before, question | {"audios": [wrong]}]
+        row["wrong_sound_messages"] = [*before, question | {"audios": [wrong_sound]}]
         row["domain"] = clip["domain"]
         row["attributes"] = {}
         for segment in clip["segments"]:
@@ -71,27 +77,30 @@ def load(path, audio_root, metadata=""):
 
 
 def answer(model, rows, max_new_tokens, root, batch_size, **_):
-    """Everything that needs the model: two answers and four losses for each row.
+    """Everything that needs the model: four answers and six losses for each row.
 
     The questions stand after the context that the adapter was trained with.
     """
     # Here, so that scoring works without torch.
     from model import audio_slot, description_slot, with_context
 
-    right = [with_context(row["messages"], model.config.context) for row in rows]
-    wrong = [with_context(row["wrong_messages"], model.config.context) for row in rows]
-    answers = {}
-    for name, conversations in (("right", right), ("wrong", wrong)):
-        answers[name] = model.generate(
-            conversations, max_new_tokens, root=root, batch_size=batch_size
-        )
+    asked = lambda key: [with_context(row[key], model.config.context) for row in rows]
+    right, wrong = asked("messages"), asked("wrong_messages")
     sound = audio_slot(model.tokenizer, model.adapter.n_vectors)
     prompts = {  # what stands in the clip's place: (messages, how it is filled)
         "description": (right, description_slot(model.tokenizer)),
         "right": (right, sound),
         "wrong": (wrong, sound),
+        "transcript": (right, audio_slot(model.tokenizer, 0)),
+        "wrong_sound": (asked("wrong_sound_messages"), sound),
         "none": (right, lambda audio: []),
     }
+    answers = {}
+    for name in ASKED:
+        conversations, fill = prompts[name]
+        answers[name] = model.generate(
+            conversations, max_new_tokens, root=root, fill=fill, batch_size=batch_size
+        )
     losses = {}
     for name, (conversations, fill) in prompts.items():
         prepared = [
@@ -104,9 +113,10 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
             losses[name] += sums.tolist()
     finished = []
     for i, row in enumerate(rows):
-        said = {"text": row["response"], "right": answers["right"][i], "wrong": answers["wrong"][i]}
+        said = {"text": row["response"]} | {name: answers[name][i] for name in ASKED}
         result = {
             "id": row["id"],
+            "dataset": row.get("dataset", ""),
             "domain": row["domain"],
             "prompt": row["prompt"],
             "description": row["seed_description"],
@@ -152,9 +162,9 @@ def interval(numerators, denominators, draws=1000):
 def naming(rows, attributes, values):
     """How often the answers name these attributes of the rows.
 
-    values: {attribute: set of its values}. -> {"rows", "text", "right", "wrong", "same_domain"}, of
-    which same_domain is chance: the same answers, scored against the labels of other clips of the
-    same domain.
+    values: {attribute: set of its values}. -> {"rows", *ANSWERS}, of which same_domain is chance:
+    the same answers, scored against the labels of the other rows. What the rows were not asked
+    with, predictions of an older version say, is left out.
     """
     labels = [
         [(name, row["attributes"][name]) for name in attributes if name in row["attributes"]]
@@ -162,7 +172,7 @@ def naming(rows, attributes, values):
     ]
     asked = [len(pairs) for pairs in labels]
     rates = {"rows": sum(n > 0 for n in asked)}
-    for source in ("text", "right", "wrong"):
+    for source in answers_in(rows):
         hits = []
         for row, pairs in zip(rows, labels):
             said = row["answers"][source]
@@ -184,23 +194,39 @@ def naming(rows, attributes, values):
     return rates
 
 
+def answers_in(rows):
+    """The names in ANSWERS that all rows hold an answer for."""
+    return [name for name in ANSWERS if all(name in row["answers"] for row in rows)]
+
+
+def values_in(rows):
+    """-> {attribute: set of the values it has in these rows}"""
+    values = {}
+    for row in rows:
+        for name, value in row["attributes"].items():
+            values.setdefault(name, set()).add(value)
+    return values
+
+
 def score(rows, judge=None, labels=None):
     """-> {"loss": {clip: rate}, "naming": {domain: rates}, "attributes": {domain: {attribute:
-    rates}}}; a rate is [value, low, high].
+    rates}}, "datasets": {dataset: {attribute: rates}}}; a rate is [value, low, high].
 
     judge and labels, which every task's score takes, are not used: the rows carry their labels.
     """
     tokens = [row["target_tokens"] for row in rows]
-    loss = {clip: interval([row["loss"][clip] for row in rows], tokens) for clip in CLIPS}
-    scores = {"loss": loss, "naming": {}, "attributes": {}}
+    given = [clip for clip in CLIPS if all(clip in row["loss"] for row in rows)]
+    loss = {clip: interval([row["loss"][clip] for row in rows], tokens) for clip in given}
+    scores = {"loss": loss, "naming": {}, "attributes": {}, "datasets": {}}
     for domain in sorted({row["domain"] for row in rows}):
         group = [row for row in rows if row["domain"] == domain]
-        values = {}
-        for row in group:
-            for name, value in row["attributes"].items():
-                values.setdefault(name, set()).add(value)
+        values = values_in(group)
         scores["naming"][domain] = naming(group, list(values), values)
         scores["attributes"][domain] = {name: naming(group, [name], values) for name in values}
+    for dataset in sorted({row.get("dataset", "") for row in rows} - {""}):
+        group = [row for row in rows if row["dataset"] == dataset]
+        values = {name: found for name, found in values_in(group).items() if len(found) > 1}
+        scores["datasets"][dataset] = {name: naming(group, [name], values) for name in values}
     return scores
 
 
@@ -209,14 +235,15 @@ def summary(scores):
     reached, averaged over the domains.
     """
     domains = scores["naming"]
+    sources = [name for name in ANSWERS if all(name in rates for rates in domains.values())]
     share = {}
-    for source in ("right", "wrong", "same_domain"):
+    for source in sources[1:]:
         shares = [rates[source][0] / max(rates["text"][0], 1e-9) for rates in domains.values()]
         share[source] = round(float(np.mean(shares)), 4)
     return {
         "loss": {clip: values[0] for clip, values in scores["loss"].items()},
         "naming": {
-            domain: {source: rates[source][0] for source in ANSWERS}
+            domain: {source: rates[source][0] for source in sources}
             for domain, rates in domains.items()
         },
         "share_of_text": share,

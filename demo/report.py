@@ -6,6 +6,7 @@ OUT/loss.svg.
 """
 
 import base64
+import collections
 import dataclasses
 import html
 import io
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import read_rows
 from engine.checkpoint import write_text
 from engine.run import main, parse_settings, setting
+from engine.sound import read_sound
 from engine.weights import read_json
 from tools import plot
 
@@ -28,12 +30,16 @@ plt.switch_backend("svg")  # files, no window
 GIVEN = {
     "description": "the description (what the LLM read)",
     "right": "the right clip",
+    "transcript": "the transcript alone",
+    "wrong_sound": "the transcript and a wrong clip's sound",
     "none": "nothing",
     "wrong": "a wrong clip",
 }
 ANSWERS = {
     "text": "the description (upper bound)",
     "right": "the right clip",
+    "transcript": "the transcript alone",
+    "wrong_sound": "the transcript and a wrong clip's sound",
     "wrong": "a wrong clip",
     "same_domain": "chance within the domain",
 }
@@ -106,37 +112,72 @@ def table(header, rows, kind="text"):
     return f'<table class="{kind}">{line("th", header)}{body}</table>'
 
 
+def player(file):
+    """A file of any format that soundfile reads -> (data URL that browsers play, samples (n,), rate)
+
+    The file's own bytes, where browsers know the format; else a 16-bit wav. Many corpora hold wav
+    files with MPEG layer III inside, which browsers refuse.
+    """
+    samples, rate = read_sound(file, warn=lambda text: None)
+    samples = samples.mean(axis=1)
+    info = soundfile.info(file)
+    kinds = {"WAV": "audio/wav", "MPEG": "audio/mpeg", "MP3": "audio/mpeg"}
+    kinds |= {"FLAC": "audio/flac", "OGG": "audio/ogg"}
+    if info.format in kinds and not (info.format == "WAV" and "PCM" not in info.subtype):
+        return data_url(kinds[info.format], file.read_bytes()), samples, rate
+    wav = io.BytesIO()
+    soundfile.write(wav, samples, rate, format="WAV", subtype="PCM_16")
+    return data_url("audio/wav", wav.getvalue()), samples, rate
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
 def clip(row, folder):
-    """One held-out clip: spectrogram, player, description; instruction and the three answers."""
-    samples, rate = soundfile.read(folder / row["id"])
+    """One held-out clip: player, spectrogram, description; instruction and the answers."""
+    sound, samples, rate = player(folder / row["id"])
     picture = data_url("image/png", spectrogram(samples, rate))
-    sound = data_url("audio/wav", (folder / row["id"]).read_bytes())
     answers = [(ANSWERS[given], answer) for given, answer in row["answers"].items()]
+    corpus = f"{row['dataset']}: " if row.get("dataset") else ""
     return f"""<div class="clip">
 <div><img alt="spectrogram" src="{picture}"><audio controls src="{sound}"></audio>
-<small>{html.escape(row["description"])}</small></div>
+<small>{html.escape(corpus + row["description"])}</small></div>
 <div><p><b>{html.escape(row["prompt"])}</b></p>{table(["given", "answer"], answers)}</div>
 </div>"""
+
+
+def shown_clips(rows, most=4):
+    """Some clips of each corpus, or of each domain, taking turns; from all over its list, which may
+    be sorted by label.
+    """
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row.get("dataset") or row["domain"]].append(row)
+    some = [group[:: -(-len(group) // most)] for group in groups.values()]
+    return [row for turn in itertools.zip_longest(*some) for row in turn if row]
 
 
 def page(rows, scores, run, curve, folder):
     """The whole page as text. rows: predictions; run: run.json; curve: svg; folder: of the clips"""
     percent = lambda value: "{:.1f} % ({:.1f}–{:.1f})".format(*(100 * x for x in value))
-    rates = lambda name, group: [name, *(percent(group[given]) for given in ANSWERS), group["rows"]]
-    header = ["", *ANSWERS.values(), "clips"]
+    asked = [given for given in ANSWERS if all(given in g for g in scores["naming"].values())]
+    rates = lambda name, group: [name, *(percent(group[given]) for given in asked), group["rows"]]
+    header = ["", *(ANSWERS[given] for given in asked), "clips"]
     naming = [rates(domain, group) for domain, group in scores["naming"].items()]
-    detail = [
-        rates(f"{domain}: {name}", group)
-        for domain, names in scores["attributes"].items()
-        for name, group in names.items()
+    by_attribute = lambda groups: [
+        rates(f"{name}: {attribute}", group)
+        for name, attributes in groups.items()
+        for attribute, group in attributes.items()
     ]
+    corpora = by_attribute(scores.get("datasets", {}))
+    by_corpus = f"""<h2>Corpus by corpus; chance is taken within the corpus</h2>
+{table(header, corpora, "numbers")}"""
     per_token = lambda value: "{:.3f} ({:.3f}–{:.3f})".format(*value)
-    losses = [(label, per_token(scores["loss"][given])) for given, label in GIVEN.items()]
-    first = [[row for row in rows if row["domain"] == domain][:4] for domain in scores["naming"]]
-    taking_turns = (row for group in itertools.zip_longest(*first) for row in group if row)
+    losses = [
+        (label, per_token(scores["loss"][given]))
+        for given, label in GIVEN.items()
+        if given in scores["loss"]
+    ]
     made_by = f"{run['command']} · commit {run['git']} · {run['device']} · torch {run['torch']}"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>DeSTA2.5-Audio demo</title><style>{STYLE}</style>
@@ -147,10 +188,11 @@ def page(rows, scores, run, curve, folder):
 {table(["given", "loss per token (95 % interval)"], losses, "numbers")}
 <h2>How often an answer names the clip's attributes (95 % interval)</h2>
 {table(header, naming, "numbers")}
-<h2>Held-out clips: the first of each domain</h2>
-{"".join(clip(row, folder) for row in taking_turns)}
+{by_corpus if corpora else ""}
+<h2>Held-out clips: some of each kind</h2>
+{"".join(clip(row, folder) for row in shown_clips(rows))}
 <h2>Attribute by attribute</h2>
-{table(header, detail, "numbers")}
+{table(header, by_attribute(scores["attributes"]), "numbers")}
 """
 
 

@@ -757,8 +757,8 @@ class Asked:
         self.tokenizer, self.adapter = None, types.SimpleNamespace(n_vectors=5)
         self.generated, self.prepared, self.limits = [], [], set()
 
-    def generate(self, conversations, max_new_tokens, root, batch_size):
-        self.generated.append(conversations)
+    def generate(self, conversations, max_new_tokens, root, fill, batch_size):
+        self.generated.append((conversations, fill("clip")))
         self.limits.add(max_new_tokens)
         return ["a dog"] * len(conversations)
 
@@ -777,7 +777,7 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
     own = {"role": "system", "content": "The row's own"}
     rows, labels = [], []
     for name in ("a", "b"):
-        turn = {"role": "user", "content": "<|AUDIO|> What?", "audios": [{"audio": name, "text": " "}]}
+        turn = {"role": "user", "content": "<|AUDIO|> What?", "audios": [{"audio": name, "text": f"{name.upper()}!"}]}
         rows.append({"id": name, "prompt": "What?", "response": "A dog.", "seed_description": "(Animal: Dog)", "messages": [own, turn]})
         labels.append({"id": name, "domain": "sound", "segments": [{"attributes": {"Animal": "Dog"}}]})
     write(tmp_path / "t.metadata.jsonl", labels, lines=True)
@@ -785,11 +785,14 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
     model = Asked(context)
     finished = heldout.answer(model, rows, heldout.MAX_NEW_TOKENS, tmp_path, batch_size=4)
     before = [own] if context is None else context
-    assert [conversation[:-1] for asked in model.generated for conversation in asked] == [before] * 4
-    assert [messages[:-1] for messages, _ in model.prepared] == [before] * 8  # description, right, wrong, none
-    heard = [[conversation[-1]["audios"][0]["audio"] for conversation in asked] for asked in model.generated]
-    assert heard == [["a", "b"], ["b", "a"]]
+    assert [conversation[:-1] for asked, _ in model.generated for conversation in asked] == [before] * 8
+    assert [messages[:-1] for messages, _ in model.prepared] == [before] * 12  # description, right, wrong, transcript, wrong sound, none
+    slot = lambda conversation: conversation[-1]["audios"][0]
+    heard = [[(slot(one)["audio"], slot(one)["text"]) for one in asked] for asked, _ in model.generated]
+    right, wrong = [("a", "A!"), ("b", "B!")], [("b", "B!"), ("a", "A!")]
+    assert heard == [right, wrong, right, [("b", "A!"), ("a", "B!")]]
+    assert [vectors for _, vectors in model.generated] == [5, 5, 0, 5]  # the transcript stands alone
     losses = [(messages[-1]["audios"][0]["audio"], filled) for messages, filled in model.prepared]
-    assert losses == [("a", "words"), ("b", "words"), ("a", 5), ("b", 5), ("b", 5), ("a", 5), ("a", []), ("b", [])]
+    assert losses == [("a", "words"), ("b", "words"), ("a", 5), ("b", 5), ("b", 5), ("a", 5), ("a", 0), ("b", 0), ("b", 5), ("a", 5), ("a", []), ("b", [])]
     assert finished[0]["wrong_id"] == "b" and finished[0]["loss"] == dict.fromkeys(heldout.CLIPS, 1.0) and finished[0]["target_tokens"] == 3
     assert rows[0]["messages"][0] == own  # the rows stay as they were

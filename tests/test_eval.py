@@ -238,3 +238,21 @@ def test_scores_by_hand():
     assert {slot: v[0] for slot, v in scores["loss"].items()} == {"description": 0.875, "right": 0.875, "wrong": 1.75, "none": 2.625}  # 7 / 8 tokens
     summary = heldout.summary(heldout.score(rows[:3]))
     assert summary["share_of_text"] == {"right": 1.0, "wrong": 0.3333, "same_domain": 0.3333} and summary["n"] == 3
+
+
+def test_scores_of_a_corpus_by_hand():
+    """Only what differs within the corpus counts, and chance is taken among its own clips."""
+    row = lambda dataset, kind, said: (
+        prediction("speech", {"Kind": kind, "Language": "German"}, f"{said} German", text=kind) | {"dataset": dataset}
+    )
+    rows = [row("a", "calm", "calm"), row("a", "calm", "angry"), row("a", "angry", "angry"), row("b", "calm", "calm")]
+    for row, alone in zip(rows, ("calm", "", "", "angry")):
+        row["answers"] |= {"transcript": alone, "wrong_sound": "German"}
+    scores = heldout.score(rows)
+    assert {name: list(attributes) for name, attributes in scores["datasets"].items()} == {"a": ["Kind"], "b": []}
+    value = {slot: rate[0] for slot, rate in scores["datasets"]["a"]["Kind"].items() if slot != "rows"}
+    # chance: row 0 of "angry", "angry": 0; row 1 of "calm", "angry": 1 / 2; row 2 of "calm", "angry": 1 / 2
+    third = {"right": 2 / 3, "wrong": 0, "transcript": 1 / 3, "wrong_sound": 0, "same_domain": 1 / 3}
+    assert value == pytest.approx({"text": 1} | third, abs=1e-4)
+    shares = heldout.summary(scores)["share_of_text"]  # of 4 kinds and 4 languages; the text names the kinds alone
+    assert shares["right"] == 1.75 and shares["transcript"] == 0.25 and shares["wrong_sound"] == 1.0

@@ -5,6 +5,7 @@ python -m pytest tests/test_report.py        # needs demo/requirements.txt; the 
 
 import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -21,6 +22,7 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import heldout  # noqa: E402
+from demo import report  # noqa: E402
 
 STEPS, EVALS = 60, range(0, 61, 20)
 NASTY = '<script src="http://example.com/x.js">alert(1)</script> & "tea"'  # answers are shown as text, whatever they say
@@ -130,6 +132,28 @@ def test_every_clip_can_be_played(run):
     assert all("controls" in attributes for tag, attributes in page.tags if tag == "audio")
     assert len(page.sources("img")) == 1 + len(rows), "the loss curve, and a spectrogram for every clip"
     assert all(unpack(source).startswith(b"\x89PNG") for source in page.sources("img")[1:])
+
+
+@pytest.mark.parametrize("format, subtype, played", [
+    ("MP3", "MPEG_LAYER_III", "audio/mpeg"), ("FLAC", "PCM_16", "audio/flac"), ("OGG", "VORBIS", "audio/ogg"), ("WAV", "PCM_24", "audio/wav"),
+    ("WAV", "ULAW", "rewritten"), ("AIFF", "PCM_16", "rewritten"),
+])  # fmt: skip
+def test_clips_of_any_format_can_be_played(format, subtype, played, tmp_path):
+    file = tmp_path / f"clip.{format.lower()}"
+    soundfile.write(file, np.stack([wave(0), wave(1)], axis=1), 16000, format=format, subtype=subtype)
+    source, samples, rate = report.player(file)
+    assert rate == 16000 and samples.ndim == 1 and abs(len(samples) - 32000) < 1600
+    if played == "rewritten":
+        again, _ = soundfile.read(io.BytesIO(unpack(source)))
+        assert source.startswith("data:audio/wav;") and np.abs(again - samples).max() < 1e-3
+    else:
+        assert source.startswith(f"data:{played};") and unpack(source) == file.read_bytes()
+
+
+def test_every_corpus_is_shown():
+    """Rows are sorted by label: not only the first label's clips."""
+    rows = [{"id": i, "dataset": name, "domain": "speech"} for name, n in (("a", 9), ("b", 2)) for i in range(n)]
+    assert [(row["dataset"], row["id"]) for row in report.shown_clips(rows)] == [("a", 0), ("b", 0), ("a", 3), ("b", 1), ("a", 6)]
 
 
 def test_tables_show_the_scores(run):

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Real recordings: four public corpora and the demo's clips, from the files as their authors publish
+# them to an adapter, its table and its report page, on held-out speakers, notes and recordings.
+#
+#   CORPORA=DIR bash runs/real.sh      without DIR, or where a corpus is missing, it says what to fetch
+#   CORPORA=DIR CLIPS=12 TEST_CLIPS=4 STEPS=3 DATA=data/few OUT=out/few bash runs/real.sh      to see that everything works
+#
+# A second run skips what is done, Ctrl-C loses nothing finished. Models, window and optimisation are the recipe
+# "demo" of recipes.py; the worked examples before the question are those of demo/real/context.json.
+# Leaves weights/, data/real/, out/real/ (adapter, log, predictions, report.html).
+set -euo pipefail
+CORPORA=$(cd "${CORPORA:-/nonexistent}" 2>/dev/null && pwd || echo "${CORPORA:-}")
+cd "$(dirname "$0")/.."
+DATA=${DATA:-data/real} OUT=${OUT:-out/real}
+
+# name in corpora.py, folder in $CORPORA, clips to train on, clips to test on, where it comes from
+corpora() {
+    cat <<END
+animals Animal-Sound-Dataset ${CLIPS:-320} ${TEST_CLIPS:-45} git clone https://github.com/YashNita/Animal-Sound-Dataset
+emodb emodb ${CLIPS:-320} ${TEST_CLIPS:-45} unpack http://emodb.bilderbar.info/download/download.zip into emodb/
+digits free-spoken-digit-dataset ${CLIPS:-120} ${TEST_CLIPS:-12} git clone https://github.com/Jakobovski/free-spoken-digit-dataset
+philharmonia philharmonia-samples ${CLIPS:-320} ${TEST_CLIPS:-45} git clone https://github.com/skratchdot/philharmonia-samples
+END
+}
+
+missing=0
+while read -r name folder _ _ origin; do
+    if [ ! -d "${CORPORA:-/nonexistent}/$folder" ]; then
+        [ $missing = 1 ] || echo "CORPORA has to be a folder with these corpora; missing in '$CORPORA':"
+        missing=1
+        echo "  $folder: $origin"
+    fi
+done < <(corpora)
+[ $missing = 0 ] || exit 1
+
+step() { # step "name" command...: say what runs, run it, say how long it took
+    local start=$SECONDS
+    printf '\n== %s\n   %s\n' "$1" "${*:2}"
+    "${@:2}"
+    printf '== %s: %d s\n' "$1" $((SECONDS - start))
+}
+
+if [ ! -f .venv/ready ]; then
+    step "virtual environment" python3 -m venv .venv
+    step "packages" .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r demo/requirements.txt
+    touch .venv/ready
+fi
+export PATH="$PWD/.venv/bin:$PATH"
+# One process per core: on CPUs two processes do almost twice the work of one process with two threads (LOG.md).
+export OMP_NUM_THREADS=1
+run() { torchrun --standalone --nproc_per_node="${PROCESSES:-2}" "$@"; }
+
+step "weights and the demo's clips" python demo/prepare.py --data_dir "$DATA" --n_train "${CLIPS:-400}" --n_test "${TEST_CLIPS:-75}"
+begin=$SECONDS # what follows needs no network
+
+# Audio ids start from $DATA: the demo's clips lie there, and each corpus is a link.
+train="" test=""
+while read -r name folder n_train n_test _; do
+    ln -sfn "$CORPORA/$folder" "$DATA/$folder"
+    if [ ! -f "$DATA/$name.report.json" ]; then
+        step "$name" python corpora.py "$name" "$CORPORA/$folder" --audio_root "$CORPORA" --out "$DATA/$name.metadata.jsonl"
+    fi
+    train+="$DATA/$name.train.metadata.jsonl:$n_train,"
+    test+="$DATA/$name.test.metadata.jsonl:$n_test,"
+done < <(corpora)
+train+="$DATA/train.metadata.jsonl:${CLIPS:-120}"
+test+="$DATA/test.metadata.jsonl:${TEST_CLIPS:-15}"
+
+targets() { # targets SPLIT FILE:N,FILE:N…
+    [ -f "$DATA/all.$1.metadata.jsonl" ] || python tools/join.py "$2" --out "$DATA/all.$1.metadata.jsonl"
+    run generate_data.py --system demo/real/context.json --metadata "$DATA/all.$1.metadata.jsonl" --audio_root "$DATA" \
+        --out "$DATA/all.$1.jsonl"
+}
+step "held-out targets" targets test "$test"
+step "targets" targets train "$train"
+step "training" run train.py --data "$DATA/all.train.jsonl" --eval_data "$DATA/all.test.jsonl" --audio_root "$DATA" --out "$OUT" \
+    ${EPOCHS:+--epochs "$EPOCHS"} ${STEPS:+--max_steps "$STEPS"} --save_every 40
+step "evaluation" run eval.py --data "$DATA/all.test.jsonl" --audio_root "$DATA" --adapter "$OUT/adapter" --out "$OUT/predictions.jsonl"
+step "report" python demo/report.py --data_dir "$DATA" --out "$OUT"
+printf '\nAll steps after the download took %d s. Open %s/report.html\n' $((SECONDS - begin)) "$OUT"

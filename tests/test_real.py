@@ -1,0 +1,141 @@
+"""runs/real.sh, what it calls, and the adapter that it trained (adapters/real).
+
+The whole of runs/real.sh is tested where CORPORA names the folder of the four real corpora, and takes minutes (slow).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+
+from engine.checkpoint import load_tensors, read_record, save_tensors, write_record
+
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
+import join  # noqa: E402
+
+ADAPTER = ROOT / "adapters" / "real"
+
+
+def metadata(n, labels, prefix=""):
+    segment = lambda i: {"start": 0, "end": 1, "attributes": {"Animal": labels[i % len(labels)], "Size": str(i)}}
+    return [{"id": f"{prefix}{i}.wav", "domain": "sound", "segments": [segment(i)]} for i in range(n)]
+
+
+# -- tools/join.py -------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_take_turns():
+    rows = metadata(60, ["cat"] * 8 + ["dog"] * 3 + ["cow"])
+    taken = join.take(rows, 12)
+    assert Counter(row["segments"][0]["attributes"]["Animal"] for row in taken) == {"cat": 4, "dog": 4, "cow": 4}
+    assert taken == [row for row in rows if row in taken], "the old order"
+    assert join.take(list(reversed(rows)), 12) == list(reversed(taken)), "the choice hangs on the ids alone"
+    assert join.take(rows, 1000) == rows and join.take(rows, 0) == []
+
+
+def joined(tmp_path, files):
+    out = tmp_path / "all.metadata.jsonl"
+    done = subprocess.run([sys.executable, "tools/join.py", files, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    return done, [json.loads(line) for line in out.open()] if out.exists() else None
+
+
+def test_join_as_a_command(tmp_path):
+    for name, rows in {"a": metadata(9, "xyz", "a/"), "b": metadata(4, "x", "b/"), "twice": metadata(1, "x", "a/")}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done, rows = joined(tmp_path, f"{tmp_path}/a.jsonl:3,{tmp_path}/b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [row["id"][0] for row in rows] == ["a"] * 3 + ["b"] * 4
+    done, _ = joined(tmp_path, f"{tmp_path}/a.jsonl,{tmp_path}/twice.jsonl")
+    assert done.returncode != 0 and "a/0.wav is in an earlier file too" in done.stderr
+    done, _ = joined(tmp_path, f"{tmp_path}/nowhere.jsonl:3")
+    assert done.returncode != 0 and "nowhere.jsonl is missing" in done.stderr and "Traceback" not in done.stderr
+
+
+# -- runs/real.sh --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("corpora", [None, "/nowhere", "some"])
+def test_real_sh_says_what_to_fetch(corpora, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CORPORA"}
+    if corpora == "some":
+        (tmp_path / "emodb").mkdir()
+    if corpora:
+        environment["CORPORA"] = str(tmp_path) if corpora == "some" else corpora
+    done = subprocess.run(["bash", "runs/real.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "git clone https://github.com/Jakobovski/free-spoken-digit-dataset" in done.stdout
+    assert ("emodb.bilderbar.info" in done.stdout) == (corpora != "some"), "what is there is not asked for"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CORPORA" not in os.environ, reason="CORPORA does not name the folder of the four real corpora")
+def test_real_sh_from_corpora_to_report(tmp_path):
+    few = {"CLIPS": "4", "TEST_CLIPS": "2", "STEPS": "1", "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", "runs/real.sh"], cwd=ROOT, env=os.environ | few, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    scores = json.loads((tmp_path / "out/predictions.jsonl.scores.json").read_text())
+    assert {"animals", "emodb", "digits", "philharmonia"} < set(scores["datasets"])
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "philharmonia: Instrument" in page and "data:audio/mpeg" in page
+    (tmp_path / "out/report.html").unlink()
+    again = subprocess.run(["bash", "runs/real.sh"], cwd=ROOT, env=os.environ | few, capture_output=True, text=True)
+    assert again.returncode == 0 and "all.train.jsonl is there already" in again.stdout
+
+
+# -- tools/publish.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_published_adapter_is_the_same_in_half_the_size(tmp_path):
+    tensors = {"perception.connector.proj.1.weight": torch.randn(40, 50), "perception.connector.proj.1.bias": torch.randn(40)}
+    save_tensors(tmp_path / "adapter/model.safetensors", tensors)
+    write_record(tmp_path / "adapter/config.json", {"prompt_size": 16})
+    command = [sys.executable, "tools/publish.py", str(tmp_path / "adapter"), str(tmp_path / "small")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small = load_tensors(tmp_path / "small/model.safetensors")
+    assert all(torch.equal(small.pop(name), tensor.bfloat16()) for name, tensor in tensors.items()) and not small
+    assert read_record(tmp_path / "small/config.json") == {"prompt_size": 16}
+
+
+# -- adapters/real -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def adapter():
+    if not ADAPTER.is_dir():
+        pytest.skip("adapters/real is not there: runs/real.sh and tools/publish.py make it")
+    return ADAPTER
+
+
+def test_published_adapter_is_small_and_whole(adapter):
+    tensors = load_tensors(adapter / "model.safetensors")  # checks the sha256
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
+    assert all(name.startswith("perception.connector.") for name in tensors)
+    assert (adapter / "model.safetensors").stat().st_size <= 25e6
+    config = read_record(adapter / "config.json")
+    assert config["llm_model_id"] == "weights/smollm2-135m-instruct" and config["encoder_model_id"] == "weights/whisper-tiny.en"
+    assert config["context"] == json.loads((ROOT / "demo/real/context.json").read_text())
+    readme = (adapter / "README.md").read_text(encoding="utf-8")
+    assert all(name in readme for name in ("CC BY-SA 4.0", "EmoDB", "Philharmonia", "Free Spoken Digit", "Animal"))
+
+
+def ask(file, adapter):
+    command = [sys.executable, "model.py", str(file), "--prompt", "What do you hear?", "--adapter", str(adapter)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_published_adapter_answers(adapter, smollm2_folder, tiny_en_folder, tmp_path):
+    """As a user does who has cloned the repository and prepared the weights: any file gets an answer in the trained form."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    soundfile.write(tmp_path / "my.wav", noise, 16000)
+    assert ":" in ask(tmp_path / "my.wav", adapter)
