@@ -1,6 +1,6 @@
 """Bad input: audio files that are none, JSONL of any bytes, text that would be a turn, absurd settings, model folders that hold programs.
 
-Loaded rightly or refused in one line; one bad file or row never stops a job, and the summary counts it. The slow ones: `bash runs/torture.sh`.
+Loaded rightly or refused in one line; one bad file or row never stops a job, and the summary counts it. The slow ones: `bash tests/torture.sh`.
 """
 
 import dataclasses

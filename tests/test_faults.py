@@ -1,6 +1,6 @@
 """Faults that days bring: losses that are not finite, damaged files, kills at any moment, full and read-only disks, signals, lost ranks, long runs.
 
-All of them are real: signals, tmpfs, flipped bytes. The slow ones are run by `bash runs/torture.sh`.
+All of them are real: signals, tmpfs, flipped bytes. The slow ones are run by `bash tests/torture.sh`.
 """
 
 import contextlib
