@@ -98,8 +98,9 @@ class Device(TorchDispatchMode):
 
     def read(self, value):
         """The host asks for a number. It gets a plausible one, if the function that asks may."""
+        ours = {str(file) for file in [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py")]}  # a .venv may lie in ROOT
         frame = sys._getframe()
-        while not frame.f_code.co_filename.startswith(str(ROOT)) or frame.f_code.co_filename == __file__:
+        while frame.f_code.co_filename not in ours:
             frame = frame.f_back
             assert frame, "a read from outside the repository"
         name = frame.f_code.co_name
