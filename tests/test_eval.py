@@ -12,7 +12,7 @@ import torch
 from conftest import flags, in_float32, read_jsonl, script, start, torchrun, write_jsonl
 
 from benchmarks import heldout
-from model import DeSTA, description_slot
+from model import MAX_TRANSCRIPT, DeSTA, description_slot
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_last_line_is_one_json_object(straight):
     out, said = straight
     summary = json.loads(said.splitlines()[-1])
     assert set(summary) == {"loss", "naming", "share_of_text", "n"} and summary["n"] == 6
-    assert set(summary["naming"]) == {"speech", "sound", "music"} and set(summary["loss"]) == {"description", "right", "wrong", "none"}
+    assert set(summary["naming"]) == {"speech", "sound", "music"} and set(summary["loss"]) == set(heldout.CLIPS)
     scores = json.loads(out.with_name("predictions.jsonl.scores.json").read_text())
     assert scores == json.loads(json.dumps(heldout.score(read_jsonl(out)))) and set(scores["attributes"]["speech"]) == {"Pitch", "Kind"}
     info = json.loads(out.with_name("predictions.jsonl.info.json").read_text())
@@ -71,13 +71,19 @@ def test_losses_and_answers_are_those_of_the_model(straight, tiny_world, model):
             "wrong": [*context, user | {"audios": wrong["messages"][-1]["audios"]}],
             "description": [*context, user | {"audios": [audio | {"description": mine["seed_description"]}]}],
             "none": mine["messages"],
+            "transcript": mine["messages"],
         }
-        fills = {"description": description_slot(model.tokenizer), "none": lambda audio: []}
+        text_alone = lambda audio: model.tokenizer.encode(audio["text"], special=False)[:MAX_TRANSCRIPT]
+        fills = {"description": description_slot(model.tokenizer), "none": lambda audio: [], "transcript": text_alone}
+        # the right transcript with the wrong clip's vectors
+        heard = user | {"audios": [wrong["messages"][-1]["audios"][0] | {"text": audio["text"]}]}
+        conversations["wrong_sound"] = [*context, heard]
+        assert conversations.keys() == set(heldout.CLIPS)
         for slot, messages in conversations.items():
             loss, count = model.row_losses([model.reader.prepare(mine | {"messages": messages}, tiny_world.data, fills.get(slot))])
             assert row["loss"][slot] == pytest.approx(loss.item(), rel=1e-4) and row["target_tokens"] == count.item(), f"{row['id']} {slot}"
         assert row["answers"] == {"text": mine["response"]} | {
-            slot: model.generate(conversations[slot], 6, root=tiny_world.data)[0] for slot in ("right", "wrong")
+            slot: model.generate(conversations[slot], 6, root=tiny_world.data, fill=fills.get(slot))[0] for slot in heldout.ASKED
         }
     assert len({row["answers"]["right"] for row in predictions}) > 2
 
