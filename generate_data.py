@@ -154,6 +154,7 @@ class Job:
     progress: bool
     answers: Answers | None = None
     seconds: Counter = field(default_factory=Counter)  # what the time went into
+    n_blocks: int = 0  # answered by this rank
 
     @contextlib.contextmanager
     def timed(self, what):
@@ -250,6 +251,7 @@ class Job:
 
     def answer(self, rows):
         """Give each row the LLM's own answer to its description: the target of training."""
+        self.n_blocks += 1
         s, asked = self.settings, [row for row in rows if "skipped" not in row]
         prompts = [self.prompt(row) for row in asked]
         if self.answers:
@@ -388,7 +390,10 @@ def main():
     rows = f"{counts['rows']} rows ({counts['truncated']} truncated)"
     print(f"{out}: {rows}, {counts['skipped']} clips skipped, {time.time() - start:.0f} s")
     if job.seconds:
-        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in job.seconds.items())
+        n = max(1, job.n_blocks)
+        spent = ", ".join(
+            f"{what} {t:.1f} s ({t / n:.1f} a block)" for what, t in job.seconds.items()
+        )
         print(f"rank 0: {spent}" + " (the first two while the LLM answered)" * ahead)
     if not s.export:  # a look at what the LLM made of the descriptions
         for row in map(json.loads, itertools.islice(open(out, encoding="utf-8"), 3)):
