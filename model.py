@@ -13,6 +13,7 @@ same LLM has to give the same answers.
     python model.py clip.wav --adapter DIR --llm Llama-3.1-8B-Instruct --whisper whisper-large-v3
 """
 
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -164,11 +165,19 @@ class Reader:
     n_mels: int
     audio_seconds: int
     long_audio: str
+    fit_window: int = 0
 
     def mels(self, path, root=None, warn=run.warn):
-        """-> log-mels of the file's windows (n_windows, n_mels, 100 * audio_seconds), on the CPU"""
+        """-> log-mels of the file's windows (n_windows, n_mels, frames), on the CPU
+
+        frames: 100 * audio_seconds. With fit_window a clip of one window has only as many whole
+        seconds as it lasts: its vectors hang on nothing but the clip, in any batch.
+        """
         windows = audio_windows(path, root, self.audio_seconds, self.long_audio, warn)
-        return log_mel(windows, self.n_mels, seconds=self.audio_seconds)
+        seconds = self.audio_seconds
+        if self.fit_window and len(windows) == 1:
+            seconds = min(seconds, math.ceil(len(windows[0]) / SAMPLE_RATE))
+        return log_mel(windows, self.n_mels, seconds=seconds)
 
     def read(self, messages, root=None, fill=None, warn=run.warn):
         """A conversation -> (token ids of its prompt, log-mels that its AUDIO_IDs stand for)
@@ -221,6 +230,7 @@ class DeSTAConfig:
     # The rest of longer clips is lost ("cut", as in the paper), or the slot holds the vectors of
     # all windows, one after the other ("split").
     long_audio: str = "cut"
+    fit_window: int = 0  # 1: a short clip's window is as long as the clip; official: 0
     context: list | None = None  # messages before the question; None: not known
     max_answer_tokens: int = -1  # of the longest targets; -1: not known
 
@@ -265,7 +275,8 @@ class DeSTA(torch.nn.Module):
             add_lora(llm, config.lora_rank, adapter.config.dropout)
         self.taps = tap_layers(whisper.config.encoder_layers) if whisper else None
         n_vectors, n_mels = (adapter.n_vectors, whisper.config.num_mel_bins) if whisper else (0, 0)
-        self.reader = Reader(tokenizer, n_vectors, n_mels, config.audio_seconds, config.long_audio)
+        window = config.audio_seconds, config.long_audio, config.fit_window
+        self.reader = Reader(tokenizer, n_vectors, n_mels, *window)
         self.prefix = None, None  # see engine.fast.kept_prefix
         self.warn = run.warn  # is told of clips that are cut or damaged
 
@@ -323,9 +334,19 @@ class DeSTA(torch.nn.Module):
     # -- from ids and mels to what the LLM reads ---------------------------------------------------
 
     def audio_vectors(self, mels):
-        """mels (A, n_mels, frames) -> what the LLM reads for each window (A, n_vectors, d_llm)"""
-        taps = self.whisper.encode(mels.to(self.device), self.taps)  # (A, n_taps, T, d_model)
-        return self.adapter(taps)
+        """mels: A of (n_mels, frames) -> what the LLM reads for each window (A, n_vectors, d_llm)
+
+        Windows of one length are computed together, so that none is padded to another's.
+        """
+        lengths = [mel.shape[-1] for mel in mels]
+        order, vectors = [], []
+        for length in sorted(set(lengths)):
+            same = [i for i, n in enumerate(lengths) if n == length]
+            # One by one: those in pinned memory are copied while the GPU computes.
+            batch = torch.stack([mels[i].to(self.device, non_blocking=True) for i in same])
+            taps = self.whisper.encode(batch, self.taps)  # (len(same), n_taps, T, d_model)
+            order, vectors = order + same, [*vectors, self.adapter(taps)]
+        return torch.cat(vectors)[torch.tensor(order).argsort().to(self.device)]
 
     def embed(self, ids, mels):
         """What the LLM reads. ids (B, T) on the CPU, AUDIO_ID for each audio vector -> (B, T,
@@ -337,8 +358,6 @@ class DeSTA(torch.nn.Module):
         row, position = (ids == AUDIO_ID).nonzero(as_tuple=True)
         x = self.llm.embed(ids.clamp(min=0).to(self.device))
         if mels:
-            # One by one: those in pinned memory are copied while the GPU computes.
-            mels = torch.stack([mel.to(self.device, non_blocking=True) for mel in mels])
             vectors = self.audio_vectors(mels).flatten(0, 1)  # (A * n_vectors, d_llm)
             assert len(row) == len(vectors), "audio slots and clips do not match"
             x = x.index_put((row.to(x.device), position.to(x.device)), vectors.to(x.dtype))

@@ -46,6 +46,7 @@ class Settings:
     n_queries: int = setting(TRAIN["n_queries"], "audio vectors per clip", low=1, high=1500)
     audio_seconds: int = setting(TRAIN["audio_seconds"], "window of a clip", low=1, high=30)
     long_audio: str = setting("cut", "rest of longer clips: cut, or split (heard)", choices=LONG)
+    fit_window: int = setting(TRAIN["fit_window"], "1: shorter clips have shorter windows", high=1)
     dropout: float = setting(TRAIN["dropout"], "in the Q-Former, and in LoRA", high=0.99)
     lora_rank: int = setting(0, "16: the paper's comparison, LoRA on the LLM's q, k, v", high=4096)
     standardize: int = setting(TRAIN["standardize"], "clips to fit a fresh adapter to")
@@ -82,7 +83,8 @@ class Settings:
 FREE = """max_steps epochs eval_every eval_rows save_every keep workers out max_skipped recipe
     micro_batch max_tokens_per_pass shard_llm checkpoint_activations textbook""".split()
 # What comes from the adapter of --init_from, unless a flag says otherwise.
-INHERITED = "llm whisper n_layers n_queries lora_rank audio_seconds long_audio max_answer_tokens"
+INHERITED = """llm whisper n_layers n_queries lora_rank audio_seconds long_audio fit_window
+    max_answer_tokens"""
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ class Batch:
     micro_batches: list  # of lists of prepared rows
     n_rows: float
     n_clips: float
+    n_frames: float  # of the encoder, in all clips
     n_tokens: float
     n_targets: float
 
@@ -160,9 +163,10 @@ def batches(loader, n_micro, model, left_out, warnings):
         micro_batches = [[row for row in rows if "ids" in row] for rows in micro_batches]
         rows = [row for part in micro_batches for row in part]
         n_clips = sum(len(row["mels"]) for row in rows)
+        n_frames = sum(mel.shape[-1] // 2 for row in rows for mel in row["mels"])
         n_tokens = sum(n_computed(row, model) for row in rows)
         n_targets = sum(len(row["target"]) for row in rows)
-        counts = len(rows), n_clips, n_tokens, n_targets
+        counts = len(rows), n_clips, n_frames, n_tokens, n_targets
         totals = sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=model.device))
         yield Batch(micro_batches, *totals.tolist())
 
@@ -196,7 +200,7 @@ def measure_taps(model, rows, n_clips):
         row = rows[i]
         if row.get("mels"):
             taps = model.whisper.encode(torch.stack(row["mels"]), model.taps)
-            taps = taps.double().flatten(0, 2)  # (clips * taps * frames, d_model)
+            taps = taps.double().flatten(0, 2)  # (windows * taps * frames, d_model)
             count += len(taps)
             total, squares = total + taps.sum(0), squares + taps.square().sum(0)
     if count == 0:
@@ -216,15 +220,17 @@ def learning_rate(step, peak, warmup, total):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def flops(model, n_clips, n_tokens, n_targets):
+def flops(model, n_clips, n_tokens, n_targets, n_frames=None):
     """FLOPs that one training step has to do, to three percent.
+
+    n_frames: of the encoder, in all clips, where they fill no whole windows (--fit_window).
 
     A frozen LLM weight costs 4 per token (2 forward, 2 for the gradient of its input; none for its
     own), a frozen encoder weight 2 (no gradient at all), a trained weight 6. Attention products are
     left out of the LLM's count.
     """
     llm, w = model.llm.config, model.whisper.config
-    frames = 50 * model.config.audio_seconds
+    frames = 50 * model.config.audio_seconds if n_frames is None else n_frames / max(n_clips, 1)
     encoder = 2 * frames * w.encoder_layers * (12 * w.d_model**2 + 2 * frames * w.d_model)
     per_block = sum(p.numel() for p in model.llm.model.layers[0].parameters())
     blocks = 4 * per_block * llm.n_layers * n_tokens
@@ -339,7 +345,8 @@ def n_steps(s, n_rows):
 
 def build(s, device):
     """The model with a fresh adapter, or with the one of --init_from."""
-    keys = "n_layers n_queries audio_seconds long_audio lora_rank max_answer_tokens dropout"
+    keys = """n_layers n_queries audio_seconds long_audio fit_window lora_rank max_answer_tokens
+        dropout"""
     config = {key: getattr(s, key) for key in keys.split()}
     options = dict(device=device, shard_llm=bool(s.shard_llm), **config)
     model = DeSTA.from_pretrained(s.llm, s.whisper, s.init_from or None, **options)
@@ -452,7 +459,8 @@ def main():
 
         # log
         seconds = time.perf_counter() - start
-        work = flops(model, batch.n_clips, batch.n_tokens, batch.n_targets)
+        counts = batch.n_clips, batch.n_tokens, batch.n_targets, batch.n_frames
+        work = flops(model, *counts)
         speed = {"rows_per_second": batch.n_rows / seconds, "mfu": work / seconds / peak}
         record_of_step = {
             "step": step + 1,

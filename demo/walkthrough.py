@@ -21,7 +21,7 @@ from engine.run import setting
 from generate_data import describe, read_instructions
 from model import AUDIO, AUDIO_ID, DeSTA, audio_slot, build_prompt, description_slot, read_context
 from recipes import GENERATE_DATA, TRAIN
-from whisper import load_audio, log_mel
+from whisper import load_audio
 
 
 @dataclass
@@ -74,7 +74,7 @@ def main():
 
     title("4. The slot filled with sound")
     waveform = load_audio(root / clip["id"])
-    mel = log_mel([waveform], model.whisper.config.num_mel_bins, model.config.audio_seconds)
+    mel = model.reader.mels(clip["id"], root)
     taps = model.whisper.encode(mel.to(model.device), model.taps)
     print(f"waveform       {tuple(waveform.shape)}")
     print(f"log-mel        {tuple(mel.shape)}")

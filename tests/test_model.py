@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import soundfile
 import torch
 import transformers
 from conftest import flags, randomize, script
@@ -11,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_qformer import ReferenceQFormer
 
 from engine import fast
-from model import AUDIO_ID, MAX_TRANSCRIPT, DeSTA, audio_slot, build_prompt, description_slot
+from model import (
+    AUDIO_ID,
+    MAX_TRANSCRIPT,
+    DeSTA,
+    DeSTAConfig,
+    audio_slot,
+    build_prompt,
+    description_slot,
+)
 from tokenizer import Tokenizer
 from whisper import load_audio
 
@@ -311,6 +320,59 @@ def test_precisions(model, tiny_world):
         assert len(half.generate(conversations(), 4, root=tiny_world.data)) == 4
 
 
+# -- windows as long as the clips (--fit_window) --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ragged_clips(tmp_path_factory):
+    """0.4.wav, 1.0.wav, 1.3.wav and 3.5.wav: noise that lasts so many seconds."""
+    folder, noise = tmp_path_factory.mktemp("ragged"), torch.Generator().manual_seed(0)
+    for seconds in (0.4, 1.0, 1.3, 3.5):
+        soundfile.write(folder / f"{seconds}.wav", 0.3 * torch.randn(int(16000 * seconds), generator=noise).numpy(), 16000)
+    return folder
+
+
+def about(clip):
+    return [{"role": "user", "content": "<|AUDIO|>\n\nWhat is it?", "audios": [{"audio": f"{clip}.wav", "text": " "}]}]
+
+
+@torch.no_grad()
+def test_a_short_clip_in_a_short_window(tiny_world, ragged_clips, model, monkeypatch):
+    fitting = load(tiny_world, dtype=torch.float32, fit_window=1)
+    frames = lambda model: [model.reader.mels(f"{clip}.wav", ragged_clips, lambda text: None).shape[-1] for clip in (0.4, 1.0, 1.3, 3.5)]
+    assert frames(fitting) == [100, 100, 200, 300] and frames(model) == [300] * 4
+    # The vectors of a clip do not hang on the clips beside it, nor do its loss and its answer.
+    rows = [fitting.reader.prepare({"messages": about(clip), "response": "Noise, and no more."}, ragged_clips) for clip in (1.3, 0.4, 1.0)]
+    mels = [row["mels"][0] for row in rows]
+    together = fitting.audio_vectors(mels)
+    for mel, vectors in zip(mels, together):
+        torch.testing.assert_close(fitting.audio_vectors([mel])[0], vectors, atol=1e-5, rtol=1e-5)
+    losses = fitting.losses(rows)
+    torch.testing.assert_close(losses, torch.cat([fitting.losses([row]) for row in rows]), atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(fast, "textbook", True)
+    torch.testing.assert_close(fitting.losses(rows), losses, atol=1e-4, rtol=1e-4)
+    clips = [about(clip) for clip in (1.3, 0.4, 1.0)]
+    assert fitting.generate(clips, 8, root=ragged_clips) == [fitting.generate(clip, 8, root=ragged_clips)[0] for clip in clips]
+    # A clip that fills the window is heard as without the setting.
+    whole = model.reader.mels("3.5.wav", ragged_clips, lambda text: None)
+    assert torch.equal(model.audio_vectors(whole), fitting.audio_vectors(whole))
+
+
+def test_an_adapter_keeps_its_windows(tiny_world, ragged_clips, tmp_path):
+    """train.py --fit_window 1 writes it into config.json; who asks or goes on from that adapter has it without being told."""
+    row = {"id": "x", "messages": about(1.3), "response": "Noise."}
+    (tmp_path / "rows.jsonl").write_text(2 * (json.dumps(row) + "\n" + json.dumps(row | {"messages": about(0.4)}) + "\n"))
+    settings = flags(data=tmp_path / "rows.jsonl", eval_data="", audio_root=ragged_clips, max_steps=1, global_batch=4, micro_batch=4, standardize=2)
+    adapter = {name: value for name, value in tiny_world.adapter.items() if name != "fit_window"}
+    done = script("train.py", *tiny_world.models, *settings, *flags(**adapter, fit_window=1, out=tmp_path / "out"))
+    assert done.status == 0 and "left out" not in done.err, done.err
+    model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "out/adapter")
+    assert model.config.fit_window == 1 and model.reader.mels("1.3.wav", ragged_clips).shape[-1] == 200
+    done = script("train.py", *tiny_world.models, *settings, *flags(init_from=tmp_path / "out/adapter", out=tmp_path / "more"))
+    assert done.status == 0, done.err
+    assert DeSTAConfig.from_adapter(tmp_path / "more/adapter").fit_window == 1
+
+
 # -- the adapter's folder ------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +386,7 @@ def test_adapter_round_trip(spare, tiny_world, tmp_path):
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config.pop("placeholder_token") and len(config.pop("sha256")) == 64 and config == {
         "llm_model_id": str(tiny_world.llm), "encoder_model_id": str(tiny_world.whisper), "connector_mode": "qformer_1",
-        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut", "use_lora": False, "lora_rank": 0,
+        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut", "fit_window": 0, "use_lora": False, "lora_rank": 0,
         "context": [SYSTEM], "max_answer_tokens": 40,
     }  # fmt: skip
     again = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "a", dtype=torch.float32, device="cpu")

@@ -59,6 +59,16 @@ def test_join_as_a_command(tmp_path):
     assert done.returncode != 0 and "nowhere.jsonl is missing" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_join_leaves_attributes_out(tmp_path):
+    rows = metadata(3, ["cat"], "a/")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "all.metadata.jsonl"
+    subprocess.run([sys.executable, "tools/join.py", str(tmp_path / "a.jsonl"), "--out", str(out), "--without", "Size, Note"], cwd=ROOT, check=True)
+    less = [json.loads(line) for line in out.open()]
+    assert [row["segments"][0]["attributes"] for row in less] == [{"Animal": "cat"}] * 3
+    assert [{**row, "segments": 0} for row in less] == [{**row, "segments": 0} for row in rows]
+
+
 # -- runs/real.sh --------------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ join.py: metadata of several corpora into one file, at most so many clips of eac
 
 Labels take turns, so that a small part of a corpus still holds all of them. Which clips of a label
 are taken is decided by a hash of their ids: the same command gives the same file. All ids have to
-start from the same folder: see --audio_root of corpora.py.
+start from the same folder: see --audio_root of corpora.py. `--without Note,Articulation` leaves
+these attributes out: what held-out clips cannot share with trained ones, for instance.
 """
 
 import collections
@@ -27,6 +28,7 @@ from engine.run import argument, setting
 class Settings:
     files: str = argument("metadata files, with commas; FILE:300 takes at most 300 clips")
     out: str = setting("all.metadata.jsonl", "the file to write")
+    without: str = setting("", "attributes to leave out of all clips: names, with commas")
 
 
 def take(rows, n):
@@ -38,6 +40,13 @@ def take(rows, n):
     turns = itertools.zip_longest(*(by_label[label] for label in sorted(by_label)))
     taken = [row for turn in turns for row in turn if row][:n]
     return sorted(taken, key=lambda row: order[id(row)])
+
+
+def leave_out(rows, names):
+    """The rows without the attributes of these names."""
+    kept = lambda attributes: {name: v for name, v in attributes.items() if name not in names}
+    part = lambda segment: segment | {"attributes": kept(segment["attributes"])}
+    return [row | {"segments": [part(segment) for segment in row["segments"]]} for row in rows]
 
 
 def main():
@@ -56,7 +65,8 @@ def main():
             raise ValueError(f"{file}: {twice[0]} is in an earlier file too")
         joined |= {row["id"]: row for row in rows}
         print(f"{file}: {len(rows)} clips")
-    write_jsonl(s.out, joined.values())
+    without = {name.strip() for name in s.without.split(",")}
+    write_jsonl(s.out, leave_out(joined.values(), without))
     print(f"{s.out}: {len(joined)} clips")
 
 
