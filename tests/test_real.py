@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, flags, script
 
 from engine.checkpoint import load_tensors, read_record, save_tensors, write_record
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
+import carry  # noqa: E402
 import join  # noqa: E402
+import probe  # noqa: E402
 
 ADAPTER = ROOT / "adapters" / "real"
 
@@ -98,6 +100,53 @@ def test_real_sh_from_corpora_to_report(tmp_path):
     (tmp_path / "out/report.html").unlink()
     again = subprocess.run(["bash", "runs/real.sh"], cwd=ROOT, env=os.environ | few, capture_output=True, text=True)
     assert again.returncode == 0 and "all.train.jsonl is there already" in again.stdout
+
+
+# -- tools/carry.py, tools/probe.py --------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_not_trained_on():
+    rows = lambda part, n: [
+        {"id": f"{part}{corpus}{i}", "dataset": corpus, "group": ("03 08 10 09 11 13 12 14".split() if part == "train" else ["15", "16"])[i % (8 if part == "train" else 2)]}
+        for corpus in ("animals", "emodb") for i in range(n)
+    ]  # fmt: skip
+    train, test = rows("train", 24), rows("test", 6)
+    runs = carry.runs(train, test)
+    assert list(runs) == ["everything", "without animals", "without emodb", *(f"emodb without {pair}" for pair in carry.SPEAKERS["emodb"])]
+    assert runs["everything"] == (train, test)
+    assert {row["dataset"] for row in runs["without emodb"][0]} == {"animals"} and runs["without emodb"][1] == test
+    for pair in carry.SPEAKERS["emodb"]:
+        ours, asked = runs[f"emodb without {pair}"]
+        assert {row["group"] for row in asked} == set(pair.split()) and {row["dataset"] for row in asked} == {"emodb"}
+        assert not {row["id"] for row in ours} & {row["id"] for row in asked}
+        assert not [row for row in ours if row["dataset"] == "emodb" and row["group"] in pair.split()]
+        assert not [row for row in ours if row["dataset"] == "animals" and row["id"].startswith("test")], "held-out animals stay held out"
+        assert sum(row["dataset"] == "emodb" for row in ours + asked) == 30
+
+
+def test_carry_table_from_scores():
+    rate = [0.5, 0.4, 0.6]
+    rates = {"rows": 7, "text": [1.0, 1.0, 1.0], "right": rate, "wrong": [0.0, 0.0, 0.1], "same_domain": rate}
+    lines = carry.table({"everything": {"datasets": {"emodb": {"Emotion": rates}}}}).splitlines()
+    assert lines[-1] == "| everything | emodb: Emotion | 7 | 100 (100–100) | 50 (40–60) | 0 (0–10) | 50 (40–60) |"
+
+
+def test_probe_finds_what_is_there_and_nothing_else():
+    torch.manual_seed(0)
+    labels, test_labels = torch.arange(300) % 3, torch.arange(90) % 3
+    x, test_x = torch.randn(300, 20), torch.randn(90, 20)
+    assert probe.probe(x, labels, test_x, test_labels) < 0.5
+    there = lambda x, labels: x + 4 * torch.nn.functional.one_hot(labels, 20)
+    assert probe.probe(there(x, labels), labels, there(test_x, test_labels), test_labels) > 0.9
+
+
+def test_probe_as_a_command(tiny_world):
+    done = script("tools/probe.py", tiny_world.data / "train.metadata.jsonl", tiny_world.data / "train.metadata.jsonl", *flags(
+        audio_root=tiny_world.data, whisper=tiny_world.whisper, audio_seconds=3))  # fmt: skip
+    assert done.status == 0, done.err
+    lines = {line.split(":")[0]: line for line in done.out.splitlines()}
+    assert set(lines) == {"tiny Pitch", "tiny Kind"} and "12 clips" in lines["tiny Pitch"]
+    assert "all taps 1.00" in lines["tiny Kind"], "12 clips, asked about themselves"
 
 
 # -- tools/publish.py ----------------------------------------------------------------------------------------------------------
