@@ -6,7 +6,7 @@
 #   CORPORA=DIR CLIPS=12 TEST_CLIPS=4 STEPS=3 DATA=data/few OUT=out/few bash runs/real.sh      to see that everything works
 #
 # A second run skips what is done, Ctrl-C loses nothing finished. Models and optimisation are the recipe "demo" of
-# recipes.py, but for five passes over the data and windows as long as the clips (LOG.md says what both bring); the
+# recipes.py, but for seven passes over the data and windows as long as the clips (LOG.md says what both bring); the
 # worked examples before the question are those of demo/real/context.json.
 # Leaves weights/, data/real/, out/real/ (adapter, log, predictions, report.html).
 set -euo pipefail
@@ -18,12 +18,12 @@ DATA=${DATA:-data/real} OUT=${OUT:-out/real}
 corpora() {
     cat <<END
 animals Animal-Sound-Dataset ${CLIPS:-331} ${TEST_CLIPS:-64} git clone https://github.com/YashNita/Animal-Sound-Dataset
-emodb emodb ${CLIPS:-408} ${TEST_CLIPS:-84} unpack http://emodb.bilderbar.info/download/download.zip into emodb/
+emodb emodb ${CLIPS:-408} ${TEST_CLIPS:-127} unpack http://emodb.bilderbar.info/download/download.zip into emodb/
 digits free-spoken-digit-dataset ${CLIPS:-80} ${TEST_CLIPS:-12} git clone https://github.com/Jakobovski/free-spoken-digit-dataset
-philharmonia philharmonia-samples ${CLIPS:-560} ${TEST_CLIPS:-90} git clone https://github.com/skratchdot/philharmonia-samples
+philharmonia philharmonia-samples ${CLIPS:-853} ${TEST_CLIPS:-120} git clone https://github.com/skratchdot/philharmonia-samples
 END
     # Five languages in one corpus. It is left out where it is not there.
-    [ ! -d "$CORPORA/asterisk" ] || echo "asterisk asterisk ${CLIPS:-250} ${TEST_CLIPS:-50}"
+    [ ! -d "$CORPORA/asterisk" ] || echo "asterisk asterisk ${CLIPS:-300} ${TEST_CLIPS:-60}"
 }
 
 missing=0
@@ -82,7 +82,7 @@ targets() { # targets SPLIT FILE:N,FILE:N…
 step "held-out targets" targets test "$test"
 step "targets" targets train "$train"
 step "training" run train.py --data "$DATA/all.train.jsonl" --eval_data "$DATA/all.test.jsonl" --audio_root "$DATA" --out "$OUT" \
-    --fit_window 1 --epochs "${EPOCHS:-5}" ${STEPS:+--max_steps "$STEPS"} --eval_every 200 --save_every 50
+    --fit_window 1 --epochs "${EPOCHS:-7}" ${STEPS:+--max_steps "$STEPS"} --eval_every 250 --save_every 50
 step "evaluation" run eval.py --data "$DATA/all.test.jsonl" --audio_root "$DATA" --adapter "$OUT/adapter" --out "$OUT/predictions.jsonl"
 step "report" python demo/report.py --data_dir "$DATA" --out "$OUT"
 printf '\nAll steps after the download took %d s. Open %s/report.html\n' $((SECONDS - begin)) "$OUT"
