@@ -40,7 +40,7 @@ def runs(train, test):
     corpora = sorted({row["dataset"] for row in train})
     for corpus in corpora:
         rest = [row for row in train if row["dataset"] != corpus]
-        found[f"without {corpus}"] = rest, test
+        found[f"without {corpus}"] = rest, [row for row in test if row["dataset"] == corpus]
     for corpus, groups in SPEAKERS.items():
         for pair in groups if corpus in corpora else ():
             out = lambda row: row["dataset"] == corpus and row["group"] in pair.split()
