@@ -120,9 +120,10 @@ def emodb(root):
     github.com/sylaschacko/voice-emotion-analysis has a copy, in which clips are cut or padded to
     2 s: long sentences end early there.
     """
+    # As adjectives: an LLM that answers in its own words says "angry" where it reads "Anger" (LOG.md).
     emotions = {
-        "W": "Anger", "L": "Boredom", "E": "Disgust", "A": "Fear",
-        "F": "Happiness", "T": "Sadness", "N": "Neutral",
+        "W": "Angry", "L": "Bored", "E": "Disgusted", "A": "Fearful",
+        "F": "Happy", "T": "Sad", "N": "Neutral",
     }  # fmt: skip
     male = {"03", "10", "11", "12", "15"}
     sentences = {

@@ -69,10 +69,10 @@ def test_emodb(tmp_path):
         noise(tmp_path / f"wav/{name}.wav")
     found, skipped = read("emodb", tmp_path)
     assert found == {
-        "wav/03a01Fa.wav": ("train", "Der Lappen liegt auf dem Eisschrank.", {"Emotion": "Happiness", "Gender": "Male"}),
-        "wav/08b09Wb.wav": ("train", "Ich will das eben wegbringen und dann mit Karl was trinken gehen.", {"Emotion": "Anger", "Gender": "Female"}),
+        "wav/03a01Fa.wav": ("train", "Der Lappen liegt auf dem Eisschrank.", {"Emotion": "Happy", "Gender": "Male"}),
+        "wav/08b09Wb.wav": ("train", "Ich will das eben wegbringen und dann mit Karl was trinken gehen.", {"Emotion": "Angry", "Gender": "Female"}),
         "wav/15a02Nc.wav": ("test", "Das will sie am Mittwoch abgeben.", {"Emotion": "Neutral", "Gender": "Male"}),
-        "wav/16b10Td.wav": ("test", "Die wird auf dem Platz sein, wo wir sie immer hinlegen.", {"Emotion": "Sadness", "Gender": "Female"}),
+        "wav/16b10Td.wav": ("test", "Die wird auf dem Platz sein, wo wir sie immer hinlegen.", {"Emotion": "Sad", "Gender": "Female"}),
     }
     assert skipped == {"unlabelled": ["wav/readme.wav"]}
     found, _ = read("emodb", tmp_path, asked=["03", "08"])
@@ -409,7 +409,7 @@ def test_command_writes_metadata_and_report(tmp_path):
     (row,) = read_jsonl(out.with_name("emodb.train.metadata.jsonl"))
     assert row == {
         "id": "emodb/wav/03a01Fa.wav", "dataset": "emodb", "domain": "speech", "group": "03",
-        "segments": [{"start": 0.0, "end": 0.5, "text": "Der Lappen liegt auf dem Eisschrank.", "attributes": {"Emotion": "Happiness", "Gender": "Male"}}],
+        "segments": [{"start": 0.0, "end": 0.5, "text": "Der Lappen liegt auf dem Eisschrank.", "attributes": {"Emotion": "Happy", "Gender": "Male"}}],
     }  # fmt: skip
     report = json.loads(out.with_name("emodb.report.json").read_text())
     assert report["rows"] == {"train": 1, "test": 1} and report["labels"]["test"] == {"Emotion": {"Neutral": 1}, "Gender": {"Male": 1}}
@@ -490,7 +490,7 @@ def test_real_emodb(real):
     rows, skipped = real("emodb")
     everything_is_accounted_for(rows, skipped, "emodb/wav/*.wav")
     assert not skipped and (len(rows["train"]), len(rows["test"])) == (408, 127)
-    emotions = {"Anger": 127, "Boredom": 81, "Disgust": 46, "Fear": 69, "Happiness": 71, "Neutral": 79, "Sadness": 62}  # as published
+    emotions = {"Angry": 127, "Bored": 81, "Disgusted": 46, "Fearful": 69, "Happy": 71, "Neutral": 79, "Sad": 62}  # as published
     assert counts(rows["train"] + rows["test"], "Emotion") == emotions
     assert counts(rows["test"], "Gender") == {"Female": 71, "Male": 56}
     assert {row["group"] for row in rows["test"]} == {"15", "16"}
