@@ -89,12 +89,14 @@ def test_real_sh_says_what_to_fetch(corpora, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif("CORPORA" not in os.environ, reason="CORPORA does not name the folder of the four real corpora")
-def test_real_sh_from_corpora_to_report(tmp_path):
-    few = {"CLIPS": "4", "TEST_CLIPS": "2", "STEPS": "1", "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+@pytest.mark.parametrize("backbone", ["smollm2", "qwen"])
+def test_real_sh_from_corpora_to_report(tmp_path, backbone):
+    few = {"BACKBONE": backbone, "CLIPS": "4", "TEST_CLIPS": "2", "STEPS": "1", "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
     done = subprocess.run(["bash", "runs/real.sh"], cwd=ROOT, env=os.environ | few, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     scores = json.loads((tmp_path / "out/predictions.jsonl.scores.json").read_text())
-    assert {"animals", "emodb", "digits", "philharmonia"} < set(scores["datasets"])
+    used = {"smollm2": {"animals", "emodb", "digits", "philharmonia"}, "qwen": {"animals", "emodb", "philharmonia"}}
+    assert used[backbone] <= set(scores["datasets"])
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "philharmonia: Instrument" in page and "data:audio/mpeg" in page
     (tmp_path / "out/report.html").unlink()
