@@ -146,13 +146,14 @@ def clip(row, folder):
 </div>"""
 
 
-def shown_clips(rows, most=4):
-    """Some clips of each corpus, or of each domain, taking turns; from all over its list, which may
-    be sorted by label.
+def shown_clips(rows):
+    """Some ten clips, but at least four of each corpus, or of each domain, taking turns; from all
+    over its list, which may be sorted by label.
     """
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row.get("dataset") or row["domain"]].append(row)
+    most = max(4, 10 // len(groups))
     some = [group[:: -(-len(group) // most)] for group in groups.values()]
     return [row for turn in itertools.zip_longest(*some) for row in turn if row]
 

@@ -153,7 +153,10 @@ def test_clips_of_any_format_can_be_played(format, subtype, played, tmp_path):
 def test_every_corpus_is_shown():
     """Rows are sorted by label: not only the first label's clips."""
     rows = [{"id": i, "dataset": name, "domain": "speech"} for name, n in (("a", 9), ("b", 2)) for i in range(n)]
-    assert [(row["dataset"], row["id"]) for row in report.shown_clips(rows)] == [("a", 0), ("b", 0), ("a", 3), ("b", 1), ("a", 6)]
+    shown = lambda rows: [(row["dataset"], row["id"]) for row in report.shown_clips(rows)]
+    assert shown(rows) == [("a", 0), ("b", 0), ("a", 2), ("b", 1), ("a", 4), ("a", 6), ("a", 8)]
+    assert len(shown([{"id": i, "dataset": name, "domain": "speech"} for name in "abcde" for i in range(8)])) == 4 * 5
+    assert len(shown([{"id": i, "dataset": "a", "domain": "speech"} for i in range(100)])) == 10
 
 
 def test_tables_show_the_scores(run):
