@@ -478,7 +478,6 @@ def main():
         say(f"stopped by {stop[0]} at step {step}, saved; the same command continues")
     else:
         say(f"done: {s.out}/adapter" + (f", {skipped.n} steps skipped" if skipped.n else ""))
-    run.end_processes()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,9 @@ def main(script):
         signal.signal(number, stop)
     try:
         script()
+        # A rank that leaves the group's threads to the interpreter's end can abort there.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (OSError, ValueError, ImportError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
@@ -366,11 +369,6 @@ def n_cores():
     """Cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not so on macOS
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-
-
-def end_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def default_device():
