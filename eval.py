@@ -3,6 +3,7 @@ eval.py: run a benchmark, write predictions in the form its authors' scorer read
 (paper section 5).
 
     python eval.py                                              # the demo's held-out clips
+    python eval.py --task obey --out out/demo/obey.jsonl        # instructions never trained
     torchrun --nproc_per_node=8 eval.py --task mmau --data mmau-test-mini.json \\
         --audio_root DIR --adapter DIR --out P.jsonl
     python eval.py --task mmau --score P.jsonl                  # anybody's predictions: no model
@@ -31,7 +32,7 @@ from model import LONG, PRECISION, DeSTA, DeSTAConfig, load_to_ask, read_context
 @dataclass
 class Settings:
     task: str = setting(
-        "heldout", "heldout, mmau, sakura, speech_ifeval, voicebench, dynamic_superb"
+        "heldout", "heldout, obey, mmau, sakura, speech_ifeval, voicebench, dynamic_superb"
     )
     data: str = setting(
         "data/demo/test.jsonl", "the benchmark's file or folder; with --score, its labels"
@@ -161,14 +162,15 @@ def predict(s, task):
     rows = rows[: s.limit if s.limit >= 0 else None]
     if s.system.endswith(".json"):
         context = read_context(s.system)
-        rows = [row | {"messages": [*context, *row["messages"][1:]]} for row in rows]
+        rows = [row | {"messages": with_context(row["messages"], context)} for row in rows]
     if s.text_only:
         model = DeSTA.from_pretrained(s.llm or default_llm(s), None, device=device)
     else:
         model = load_to_ask(s, device)
-    if s.task == "heldout":  # asked as the adapter was trained
-        asked = lambda row, key: {key: with_context(row[key], model.config.context)}
-        rows = [row | asked(row, "messages") | asked(row, "wrong_messages") for row in rows]
+    if s.task in ("heldout", "obey") and not s.system:  # asked as the adapter was trained
+        keys, context = ("messages", "wrong_messages"), model.config.context
+        asked = lambda row: row | {key: with_context(row[key], context) for key in keys}
+        rows = [asked(row) if "wrong_messages" in row else row for row in rows]
     warnings = run.Tally("warnings about audio files")
     model.warn = warnings.add
     limit = next(n for n in (s.max_new_tokens, task_limit(task, model)) if n > 0)
