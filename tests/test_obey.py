@@ -80,8 +80,8 @@ def test_both_files_ask_the_same_rules_in_the_same_order():
     for clip, text in zip(UNSEEN["clip"], UNSEEN["text"], strict=True):
         assert clip["instruction"] != text["instruction"]
         repeats = clip["kind"] == "question first"
-        for key in ("kind", "instruction_id_list", *[] if repeats else ["kwargs"]):
-            assert clip[key] == text[key]
+        assert all(clip[key] == text[key] for key in ("kind", "instruction_id_list"))
+        assert repeats or clip["kwargs"] == text["kwargs"]
         for row in (clip, text) if repeats else ():
             assert row["kwargs"][0]["prompt_to_repeat"] in row["instruction"], "what is to be repeated stands in the instruction"
 
@@ -124,7 +124,7 @@ def test_pairs_are_different_and_balanced(counts, number):
     assert even(by_kind, 15 * len(counts)), "each kind meets each domain equally often"
     for domain, n in counts.items():  # a domain's clips take turns
         used = Counter(row["id"] for row, _ in pairs if row["domain"] == domain)
-        assert len(used) == min(n, number // len(counts)) and max(used.values()) - min(used.values()) <= 1
+        assert len(used) == min(n, number // len(counts)) and max(used.values()) - min(used.values()) <= 2
     if len(counts) == 3 and number == 180:
         assert len({(one["instruction"], row["domain"]) for row, one in pairs}) == 180
 
