@@ -521,10 +521,10 @@ def inherit(settings, adapter, names):
 
     ValueError where a flag contradicts its size.
     """
-    saved = asdict(DeSTAConfig.from_adapter(adapter))
+    saved, size = asdict(DeSTAConfig.from_adapter(adapter)), ("n_layers", "n_queries", "n_taps")
     for name in names:
         given, value = name in settings.given, saved[name]
-        if given and name in ("n_layers", "n_queries", "n_taps") and getattr(settings, name) != value:
+        if given and name in size and getattr(settings, name) != value:
             raise ValueError(f"--{name} {getattr(settings, name)}: {adapter} has {value}")
         if not given and value not in ("", None, -1):
             setattr(settings, name, value)

@@ -369,9 +369,7 @@ def make_optimizer(s, model):
     groups = [{"params": adapter}]
     if inside:
         groups.append({"params": inside, "share": s.llm_lr / s.lr if s.llm_lr >= 0 else 1.0})
-    return torch.optim.AdamW(
-        groups, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
 def resume(s, model, optimizer, data, rank, world):

@@ -21,14 +21,12 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
 from benchmarks import heldout, mmau, obey
 from benchmarks.common import read_rows
 from engine.checkpoint import write_json, write_jsonl, write_text
@@ -37,7 +35,7 @@ from engine.run import argument, main, parse_settings, setting
 # -- the experiments, as data ----------------------------------------------------------------------
 
 SMOLLM2, QWEN = "weights/smollm2-135m-instruct", "weights/qwen2.5-coder-0.5b-instruct"
-POOL = "demo/instructions"
+POOL = ROOT / "demo/instructions.prose"  # those that SmolLM2 answers with the attributes (LOG.md)
 # Held out in every run: clips of these classes, and every third instruction.
 NEW_CLASSES = {
     "Sound": ("helicopter", "church bell", "dog barking"),
@@ -77,8 +75,10 @@ TARGETS = {
     "no_music": ("self", without("music")),
 }
 # demo/context.json holds worked answers, which every backbone copies: all targets would be alike.
-GENERATE = dict(system="demo/context.prose.json", max_new_tokens=48, keep_truncated=1)
-TRAIN = dict(max_steps=150, eval_every=30, eval_rows=24, save_every=50, keep=1, max_answer_tokens=64)
+GENERATE = dict(system=ROOT / "demo/context.prose.json", max_new_tokens=48, keep_truncated=1)
+TRAIN = dict(
+    max_steps=150, eval_every=30, eval_rows=24, save_every=50, keep=1, max_answer_tokens=64
+)
 LORA, ALL = dict(lora_rank=16, llm_lr=2e-4), dict(train_llm=1, llm_lr=2e-5)
 FEWER = dict(max_steps=100)  # Qwen takes four times as long
 
@@ -114,53 +114,6 @@ RUNS = [
     (5, 2, "Qwen", QWEN, "qwen", FEWER, CHOICE),
 ]
 ORDER = (1, 2, 6, 3, 4, 5)
-# Of each claim's table: heading, test, figure. The first two that are shares are drawn.
-COLUMNS = {
-    1: [
-        ("named", "seen", "right"),
-        ("obeyed", "obey", "sound"),
-        ("Δ to the description", "obey", "delta"),
-        ("perplexity of the targets", "targets", "perplexity"),
-        ("the targets name", "targets", "names"),
-    ],
-    2: [
-        ("named", "seen", "right"),
-        ("text instructions obeyed", "text", "text"),
-        ("text loss", "text", "text loss"),
-        ("obeyed with sound", "obey", "sound"),
-    ],
-    3: [
-        ("named", "seen", "right"),
-        ("new instructions", "new", "right"),
-        ("new classes", "seen", "right, new class"),
-        ("speech", "seen", "right, speech"),
-        ("sound", "seen", "right, sound"),
-        ("music", "seen", "right, music"),
-        ("text answer", "seen", "text"),
-        ("text, new instructions", "new", "text"),
-    ],
-    4: [
-        ("named", "seen", "right"),
-        ("without transcript", "vectors", "vectors"),
-        ("loss", "seen", "loss right"),
-    ],
-    5: [
-        ("plain", "mmau", "accuracy"),
-        ("chain of thought", "cot", "accuracy"),
-        ("parsed", "mmau", "parsed"),
-        ("parsed, chain of thought", "cot", "parsed"),
-        ("text answer", "mmau_text", "accuracy"),
-        ("text, chain of thought", "cot_text", "accuracy"),
-        ("by chance", "mmau", "chance"),
-    ],
-    6: [
-        ("named, new instructions", "new", "right"),
-        ("obeyed", "obey", "sound"),
-        ("Δ to the description", "obey", "delta"),
-        ("perplexity of the targets", "targets", "perplexity"),
-        ("the targets name", "targets", "names"),
-    ],
-}
 
 
 @dataclass
@@ -247,10 +200,13 @@ def target_figures(rows):
 
 
 def obeyed(rows):
-    verdicts = {way: [obey.obeys(row, row["answers"][way]) for row in rows] for way in rows[0]["answers"]}
-    if any(None in found for found in verdicts.values()):
-        raise ValueError("rules about languages need: pip install -r benchmarks/requirements.txt")
-    figures = {way: [int(verdict) for verdict in found] for way, found in verdicts.items()}
+    figures = {}
+    for way in rows[0]["answers"]:
+        verdicts = [obey.obeys(row, row["answers"][way]) for row in rows]
+        if None in verdicts:
+            needed = "pip install -r benchmarks/requirements.txt"
+            raise ValueError(f"rules about languages need langdetect: {needed}")
+        figures[way] = [int(verdict) for verdict in verdicts]
     if "sound" in figures:
         pairs = zip(figures["sound"], figures["description"])
         figures["delta"] = [sound - description for sound, description in pairs]
@@ -284,11 +240,13 @@ def text_loss(adapter):
 
     saved = DeSTAConfig.from_adapter(adapter)
     model = DeSTA.from_pretrained(saved.llm, saved.whisper, adapter)
-    ids = model.tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), special=False)
-    pieces = torch.tensor(ids[: 64 * 256]).view(64, 256).split(8)
+    text, losses = "\n\n".join(topics[name] for name in sorted(topics)), []
+    ids = torch.tensor(model.tokenizer.encode(text, special=False)[: 64 * 256])
     with torch.inference_mode():
-        losses = [F.cross_entropy(model.llm(x)[:, :-1].mT.float(), x[:, 1:], reduction="none") for x in pieces]
-    return [round(loss, 4) for loss in torch.cat(losses).mean(1).tolist()]
+        for piece in ids.view(64, 256):
+            logits = model.llm(piece[None])[0, :-1].float()  # (255, vocab_size)
+            losses.append(round(F.cross_entropy(logits, piece[1:]).item(), 4))
+    return losses
 
 
 # -- doing a run -----------------------------------------------------------------------------------
@@ -323,7 +281,8 @@ class Workplace:
         given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
-            command = [sys.executable, *script.split(), *given]
+            name, *words = script.split()
+            command = [sys.executable, ROOT / name, *words, *given]
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=one_thread)
             self.children.add(child)
@@ -353,7 +312,7 @@ class Workplace:
 
     def instructions(self, name):
         folder = self.data / "instructions" / name
-        for file in sorted(Path(POOL).glob("*.txt")):
+        for file in sorted(POOL.glob("*.txt")):
             lines = INSTRUCTIONS[name](file.read_text(encoding="utf-8").splitlines())
             text = "".join(f"{line}\n" for line in lines)
             self.once(folder / file.name, lambda path, text=text: write_text(path, text))
@@ -408,8 +367,8 @@ class Workplace:
         folder, task, flags, options = self.out / run.key, "heldout", {}, {}
         if test == "targets":  # of a set and an LLM, whatever was trained
             folder = self.out / f"{short(run.llm)}-{run.targets}-targets"
-            data, read, flags = self.targets(run.targets), target_figures, dict(limit=self.n_targets)
-            options = dict(ways="description")
+            data, read = self.targets(run.targets), target_figures
+            flags, options = dict(limit=self.n_targets), dict(ways="description")
         elif test in ("seen", "new", "vectors"):
             data, read = self.held_out(run.llm, test), naming
             options = dict(ways="right,vectors" if test == "vectors" else "right,wrong,description")
@@ -430,7 +389,8 @@ class Workplace:
         if test == "text":
             log, this = folder / "text_loss.log", "tools/experiments.py text_loss"
             make = lambda path: self.call(log, this, out=path, adapter=adapter)
-            figures["text loss"] = read_rows(self.once(folder / "text_loss.json", make))[0]["losses"]
+            [found] = read_rows(self.once(folder / "text_loss.json", make))
+            figures["text loss"] = found["losses"]
         return figures
 
     # lines
@@ -446,20 +406,25 @@ class Workplace:
 
     def do(self, run):
         """One run and its line. What an equal run of another claim found is taken from its line."""
-        start, equal = time.time(), [line for line in self.results() if line["key"] == run.key]
-        known = {test: found for line in equal for test, found in line["results"].items()}
-        results = {test: known[test] if test in known else self.test(run, test) for test in run.tests}
-        made = {"commit": equal[0]["commit"], "tap_weights": equal[0]["tap_weights"]} if equal else {}
+        start, known, made = time.time(), {}, {}
+        for line in self.results():
+            if line["key"] == run.key:
+                made = {key: line[key] for key in ("commit", "tap_weights")}
+                known |= line["results"]
+        find = lambda test: known[test] if test in known else self.test(run, test)
+        results = {test: find(test) for test in run.tests}
         if not made:
-            log = [r for r in read_rows(self.out / run.key / "log.jsonl") if "tap_weights" in r]
-            weights = {record["step"]: record["tap_weights"] for record in log}
-            git = json.loads((self.out / run.key / "run.json").read_text())["git"]
-            made = {"commit": git, "tap_weights": weights}
+            [told] = read_rows(self.out / run.key / "run.json")
+            log = read_rows(self.out / run.key / "log.jsonl")
+            weights = {r["step"]: r["tap_weights"] for r in log if "tap_weights" in r}
+            made = {"commit": told["git"], "tap_weights": weights}
         line = dict(claim=run.claim, name=run.name, seed=run.seed, llm=run.llm, targets=run.targets)
         line |= dict(train=TRAIN | run.train | self.train, key=run.key, **made)
         line |= dict(seconds=round(time.time() - start), results=results)
-        with open(self.file(run.claim), "a") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        file = self.file(run.claim)
+        torn = file.exists() and not file.read_text().endswith("\n")  # by a kill
+        with open(file, "a") as lines:
+            lines.write("\n" * torn + json.dumps(line, separators=(",", ":")) + "\n")
 
     def do_all(self, runs, minutes, at_once):
         """-> how many failed"""
@@ -490,3 +455,44 @@ class Workplace:
                 self.stop()
                 raise
         return len(failed)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    what: str = argument("run, or tables")
+    claims: str = setting("1,2,6,3,4,5", "the claims to run, in this order")
+    minutes: float = setting(-1.0, "begin no run after so many; -1: no limit")
+    at_once: int = setting(2, "runs at a time, one thread each", low=1, high=1000)
+    clips: str = setting("data/demo", "labelled clips: a --data_dir of demo/prepare.py")
+    quick: int = setting(0, "1: two runs of claim 1 in minutes, to see that it works", high=1)
+    adapter: str = setting("", "text_loss: the adapter whose LLM is tried")
+    out: str = setting("", "text_loss: the file to write")
+
+
+def script():
+    s = parse_settings(Settings, __doc__)
+    place = Workplace(s.clips, s.quick)
+    if s.what == "text_loss":  # for `run`, in a process of its own
+        return write_json(s.out, {"losses": text_loss(s.adapter)})
+    if s.what == "tables":
+        import experiment_tables
+
+        return experiment_tables.write(place.results(), Path("docs/experiments.md"), Path("assets"))
+    if s.what != "run":
+        raise ValueError(f"{s.what!r} is neither run nor tables")
+    claims = [int(claim) for claim in s.claims.split(",") if claim.strip().isdigit()]
+    if not claims or set(claims) - set(ORDER):
+        raise ValueError(f"--claims {s.claims!r}: give some of 1 to 6, with commas")
+    runs = list(all_runs(claims))
+    if s.quick:
+        runs = [run for run in runs if run.claim == 1 and run.targets in ("self", "labels")]
+        runs = [run for run in runs if run.llm == SMOLLM2 and run.seed == 0]
+    if failed := place.do_all(runs, s.minutes, s.at_once):
+        raise ValueError(f"{failed} runs failed, see above; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main(script)
