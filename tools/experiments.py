@@ -375,6 +375,7 @@ class Workplace:
         elif test in ("obey", "text"):
             data, read, task = self.held_out(run.llm, "seen"), obeyed, "obey"
             options = dict(asked="text") if test == "text" else dict(pairs=self.pairs)
+            flags = dict(max_new_tokens=80)  # the longest instruction asks for 40 words
         else:
             ask = dict(metadata=self.metadata("test"))
             make = lambda path: self.call(self.out / "mmau.log", "demo/mmau.py", out=path, **ask)
