@@ -191,8 +191,8 @@ def test_obeyed_and_chosen():
 
 def line(name, seed, right, llm=ex.SMOLLM2, claim=1):
     results = {
-        "seen": {"right": right}, "targets": {"perplexity": 1.5, "names": 0.7},
-        "obey": {"sound": [1, 0] * 20, "delta": [0, -1] * 20},
+        "seen": {"right": right, "text": [1] * 40}, "targets": {"perplexity": 1.5, "names": 0.7},
+        "obey": {"sound": [1, 0] * 20, "description": [1] * 40, "delta": [0, -1] * 20},
     }  # fmt: skip
     weights = {"0": [[0.25] * 4] * 3, "50": [[0.1, 0.2, 0.3, 0.4]] * 3}
     return dict(claim=claim, name=name, seed=seed, llm=llm, key=f"{name}-{seed}", results=results, tap_weights=weights)

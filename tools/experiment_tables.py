@@ -25,6 +25,8 @@ COLUMNS = {
         ("Δ to the description", "obey", "delta"),
         ("perplexity of the targets", "targets", "perplexity"),
         ("the targets name", "targets", "names"),
+        ("the text answer names", "seen", "text"),
+        ("the text answer obeys", "obey", "description"),
     ],
     2: [
         ("named", "seen", "right"),
@@ -139,12 +141,19 @@ def table(lines, claim):
 # -- pictures --------------------------------------------------------------------------------------
 
 COLORS = ("#1a7f5a", "#c2410c")
+BOUNDS = {("seen", "right"): "text", ("new", "right"): "text", ("obey", "sound"): "description"}
 
 
 def draw_claim(axis, lines, claim):
-    """Each arm's first two figures: mean, interval, a dot for each seed."""
+    """Each arm's first two figures: mean, interval, a mark for each seed. Dotted: what the first
+    arm's LLM does that reads the description.
+    """
     found = arms(lines, claim)
+    first = next(iter(found.values()))
     for k, (heading, test, figure) in enumerate(COLUMNS[claim][:2]):
+        if (test, figure) in BOUNDS:
+            bound = figure_of(first, test, BOUNDS[test, figure]).mean()
+            axis.axvline(bound, color=COLORS[k], linestyle=":", linewidth=1)
         for y, (name, of_name) in enumerate(found.items()):
             values = figure_of(of_name, test, figure)
             if values is None:
@@ -178,7 +187,8 @@ def draw_taps(lines):
     """
     runs = {line["key"]: line["tap_weights"] for line in lines if line["tap_weights"]}
     runs = {key: found for key, found in runs.items() if len(next(iter(found.values()))[0]) > 1}
-    columns = min(6, len(runs))
+    ends = [weight for found in runs.values() for weight in np.ravel(found[max(found, key=int)])]
+    low, high, columns = min(ends), max(ends), min(6, len(runs))
     n = -(-len(runs) // columns)
     size = dict(figsize=(2 * columns, 3 * n), layout="constrained")
     figure, axes = plt.subplots(n, columns, squeeze=False, **size)
@@ -187,7 +197,7 @@ def draw_taps(lines):
     for axis, (key, found) in zip(axes.flat, runs.items()):
         final = np.array(found[max(found, key=int)])  # (n_queries, n_taps)
         order = np.argsort(final @ np.arange(final.shape[1]))
-        picture = axis.imshow(final[order], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        picture = axis.imshow(final[order], vmin=low, vmax=high, aspect="auto", cmap="viridis")
         axis.set_title(key.replace("-", "\n"), fontsize=6)
     figure.colorbar(picture, ax=axes, shrink=0.5, label="weight of a tap (first to last, across)")
     return figure
