@@ -126,11 +126,17 @@ def describe(segments):
 
 
 def read_instructions(folder):
-    """Folder of DOMAIN.txt, one instruction a line -> {domain: [instruction, ...]}"""
+    """Folder of DOMAIN.txt, one instruction a line -> {domain: [instruction, ...]}
+
+    An empty file is a pool of one empty instruction: the LLM answers the description alone.
+    """
     pools = {}
     for file in sorted(Path(folder).glob("*.txt")):
-        pools[file.stem] = [line.strip() for line in file.open(encoding="utf-8") if line.strip()]
-    if not any(pools.values()):
+        lines = [line.strip() for line in file.open(encoding="utf-8")]
+        pools[file.stem] = [line for line in lines if line] or [""]
+        if pools[file.stem] == [""]:
+            run.warn(f"{file} is empty: the LLM answers the description without any instruction")
+    if not pools:
         remedy = "give a folder with a text file per domain: speech.txt, …"
         raise FileNotFoundError(f"{folder} holds no instructions: {remedy}")
     return pools
@@ -208,7 +214,7 @@ class Job:
             audio = {"audio": clip["id"], "text": transcript}
             question = {
                 "role": "user",
-                "content": f"{START}{AUDIO}{END}\n\n{instruction}",
+                "content": f"{START}{AUDIO}{END}" + f"\n\n{instruction}" * bool(instruction),
                 "audios": [audio],
             }
             yield {

@@ -225,7 +225,9 @@ class DeSTAConfig:
     whisper: str = ""
     n_layers: int = 6
     n_queries: int = 64
+    n_taps: int = 4  # the last so many of Whisper's four
     lora_rank: int = 0  # see llama.add_lora; 0 leaves the LLM as it is
+    train_llm: int = 0  # 1: all weights of the LLM learn; the adapter's file holds them, too
     audio_seconds: int = 30  # clips are padded or cut to this window
     # The rest of longer clips is lost ("cut", as in the paper), or the slot holds the vectors of
     # all windows, one after the other ("split").
@@ -265,15 +267,18 @@ class DeSTAConfig:
 
 
 class DeSTA(torch.nn.Module):
-    """Whisper + adapter + LLM. Only `self.adapter` is trained, and LoRA where it is asked for."""
+    """Whisper + adapter + LLM. Only `self.adapter` is trained, unless the paper's comparisons are
+    asked for: LoRA, or the whole LLM.
+    """
 
     def __init__(self, config, llm, tokenizer, whisper, adapter):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.llm, self.whisper, self.adapter = llm, whisper, adapter
+        llm.requires_grad_(bool(config.train_llm))
         if config.lora_rank:
             add_lora(llm, config.lora_rank, adapter.config.dropout)
-        self.taps = tap_layers(whisper.config.encoder_layers) if whisper else None
+        self.taps = tap_layers(whisper.config.encoder_layers)[-config.n_taps :] if whisper else None
         n_vectors, n_mels = (adapter.n_vectors, whisper.config.num_mel_bins) if whisper else (0, 0)
         window = config.audio_seconds, config.long_audio, config.fit_window
         self.reader = Reader(tokenizer, n_vectors, n_mels, *window)
@@ -311,7 +316,7 @@ class DeSTA(torch.nn.Module):
         ears = Whisper.from_pretrained(whisper, audio_dtype or dtype, device)
         llm_model = Llama.from_pretrained(llm, dtype, device, shard=shard_llm)
         w, d_llm = ears.config, llm_model.config.d_model
-        size = dict(n_layers=c.n_layers, n_queries=c.n_queries, dropout=dropout)
+        size = dict(n_layers=c.n_layers, n_queries=c.n_queries, n_taps=c.n_taps, dropout=dropout)
         qformer = QFormer(QFormerConfig(w.d_model, w.encoder_attention_heads, d_llm, **size))
         model = cls(c, llm_model, tokenizer, ears, qformer.to(device))
         if adapter is not None:
@@ -325,11 +330,11 @@ class DeSTA(torch.nn.Module):
     def trained(self):
         """{name: parameter} of all that learns.
 
-        LoRA's names are the official files'; the adapter's lack ADAPTER_PREFIX.
+        The LLM's names are the official files', LoRA's too; the adapter's lack ADAPTER_PREFIX.
         """
         llm = self.llm.named_parameters()
-        lora = {LLM_PREFIX + name: p for name, p in llm if ".lora_" in name}
-        return dict(self.adapter.named_parameters()) | lora
+        learned = {LLM_PREFIX + name: p for name, p in llm if p.requires_grad}
+        return dict(self.adapter.named_parameters()) | learned
 
     # -- from ids and mels to what the LLM reads ---------------------------------------------------
 
@@ -498,7 +503,8 @@ class DeSTA(torch.nn.Module):
             raise ValueError(f"{error}: {remedy}") from None
         loaded = {name.removeprefix(ADAPTER_PREFIX): t.float() for name, t in loaded.items()}
         trained = self.trained()
-        if not DeSTAConfig.from_adapter(folder).lora_rank:  # LoRA that is added now starts afresh
+        saved = DeSTAConfig.from_adapter(folder)
+        if not (saved.lora_rank or saved.train_llm):  # what learns in the LLM starts from here
             trained = dict(self.adapter.named_parameters())
         shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
         check_fit(f"{file} does not fit this Whisper and LLM", shapes(loaded), shapes(trained))
@@ -534,10 +540,10 @@ def inherit(settings, adapter, names):
 
     ValueError where a flag contradicts its size.
     """
-    saved = asdict(DeSTAConfig.from_adapter(adapter))
+    saved, size = asdict(DeSTAConfig.from_adapter(adapter)), ("n_layers", "n_queries", "n_taps")
     for name in names:
         given, value = name in settings.given, saved[name]
-        if given and name in ("n_layers", "n_queries") and getattr(settings, name) != value:
+        if given and name in size and getattr(settings, name) != value:
             raise ValueError(f"--{name} {getattr(settings, name)}: {adapter} has {value}")
         if not given and value not in ("", None, -1):
             setattr(settings, name, value)

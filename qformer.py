@@ -11,8 +11,8 @@ Attribute names spell the official checkpoint: "perception.connector." + a name 
 state_dict.
 
 What the rest of the code needs of an adapter is forward(taps), n_vectors, fit(…), state_to_save()
-and flops(…). Another one, an MLP say, needs these five and a line in DeSTA.from_pretrained
-(tests/test_adapter_seam.py trains one).
+and flops(…); it may have tables() for the log. Another one, an MLP say, needs these five and a line
+in DeSTA.from_pretrained (tests/test_adapter_seam.py trains one).
 """
 
 from dataclasses import dataclass
@@ -163,6 +163,12 @@ class QFormer(nn.Module):
         spread = (directions * variance.clamp(min=0).sqrt()).flip(1)[:, : self.config.d_model]
         self.proj[1].weight.zero_()[:, : spread.shape[1]] = spread
         self.proj[1].bias.copy_(table.float().mean(0))
+
+    @torch.no_grad()
+    def tables(self):
+        """For the training log: how much each query takes of each tap (n_queries, n_taps)."""
+        weights = self.layer_weights.softmax(-1).tolist()
+        return {"tap_weights": [[round(weight, 4) for weight in query] for query in weights]}
 
     def flops(self, n_frames):
         """Of a clip, forward and backward; n_frames in each tap."""

@@ -27,7 +27,7 @@ from engine.checkpoint import file_hash, write_text
 from engine.rows import Batches, JsonLines, split_long
 from engine.run import copy_from_rank_0, setting, sum_over_ranks
 from engine.weights import check_same_weights
-from model import AUDIO_ID, LONG, DeSTA, audios_of, before_question, inherit
+from model import AUDIO_ID, LLM_PREFIX, LONG, DeSTA, audios_of, before_question, inherit
 from recipes import TRAIN
 
 
@@ -44,14 +44,17 @@ class Settings:
     # the adapter
     n_layers: int = setting(TRAIN["n_layers"], "layers of the Q-Former", low=1, high=100)
     n_queries: int = setting(TRAIN["n_queries"], "audio vectors per clip", low=1, high=1500)
+    n_taps: int = setting(4, "the last so many of Whisper's four taps", low=1, high=4)
     audio_seconds: int = setting(TRAIN["audio_seconds"], "window of a clip", low=1, high=30)
     long_audio: str = setting("cut", "rest of longer clips: cut, or split (heard)", choices=LONG)
     fit_window: int = setting(TRAIN["fit_window"], "1: shorter clips have shorter windows", high=1)
     dropout: float = setting(TRAIN["dropout"], "in the Q-Former, and in LoRA", high=0.99)
     lora_rank: int = setting(0, "16: the paper's comparison, LoRA on the LLM's q, k, v", high=4096)
+    train_llm: int = setting(0, "1: all weights of the LLM learn too, in float32", high=1)
     standardize: int = setting(TRAIN["standardize"], "clips to fit a fresh adapter to")
     # optimisation
     lr: float = setting(TRAIN["lr"], "peak learning rate")
+    llm_lr: float = setting(-1.0, "peak rate of LoRA and of --train_llm; -1: as --lr")
     warmup: int = setting(TRAIN["warmup"], "steps of linear warm-up")
     epochs: int = setting(TRAIN["epochs"], "passes over the data", low=1)
     max_steps: int = setting(-1, "stop here instead; the cosine ends here too", low=1)
@@ -83,8 +86,8 @@ class Settings:
 FREE = """max_steps epochs eval_every eval_rows save_every keep workers out max_skipped recipe
     micro_batch max_tokens_per_pass shard_llm checkpoint_activations textbook""".split()
 # What comes from the adapter of --init_from, unless a flag says otherwise.
-INHERITED = """llm whisper n_layers n_queries lora_rank audio_seconds long_audio fit_window
-    max_answer_tokens"""
+INHERITED = """llm whisper n_layers n_queries n_taps lora_rank train_llm audio_seconds long_audio
+    fit_window max_answer_tokens"""
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def n_computed(row, model):
     it is kept (engine/fast.py).
     """
     n = len(row["ids"]) + len(row["target"])
-    kept = row["mels"] and fast.wanted(model.llm.lm_head.weight)
+    kept = row["mels"] and fast.wanted(model.llm.lm_head.weight) and fast.shares_prefix(model)
     return n - row["ids"].index(AUDIO_ID) if kept else n
 
 
@@ -233,8 +236,9 @@ def flops(model, n_clips, n_tokens, n_targets, n_frames=None):
     frames = 50 * model.config.audio_seconds if n_frames is None else n_frames / max(n_clips, 1)
     encoder = 2 * frames * w.encoder_layers * (12 * w.d_model**2 + 2 * frames * w.d_model)
     per_block = sum(p.numel() for p in model.llm.model.layers[0].parameters())
-    blocks = 4 * per_block * llm.n_layers * n_tokens
-    head = 4 * llm.d_model * llm.vocab_size * n_targets
+    per_weight = 6 if model.config.train_llm else 4
+    blocks = per_weight * per_block * llm.n_layers * n_tokens
+    head = per_weight * llm.d_model * llm.vocab_size * n_targets
     return n_clips * (encoder + model.adapter.flops(frames)) + blocks + head
 
 
@@ -316,7 +320,7 @@ def update(optimizer, weights, gradients, lr, clip, loss):
     norm = torch.nn.utils.clip_grad_norm_(weights, clip).item()
     if math.isfinite(loss + norm):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1)
         optimizer.step()
     return loss, norm
 
@@ -332,6 +336,8 @@ def n_accumulated(s, world):
     if s.shard_llm and not dist.is_initialized():
         remedy = "start them with torchrun --nproc_per_node=N"
         raise ValueError(f"--shard_llm shares the LLM out among processes: {remedy}")
+    if s.shard_llm and s.train_llm:
+        raise ValueError("--train_llm needs the LLM whole: not with --shard_llm")
     return s.global_batch // (s.micro_batch * world)
 
 
@@ -345,10 +351,12 @@ def n_steps(s, n_rows):
 
 def build(s, device):
     """The model with a fresh adapter, or with the one of --init_from."""
-    keys = """n_layers n_queries audio_seconds long_audio fit_window lora_rank max_answer_tokens
-        dropout"""
+    keys = """n_layers n_queries n_taps audio_seconds long_audio fit_window lora_rank train_llm
+        max_answer_tokens dropout"""
     config = {key: getattr(s, key) for key in keys.split()}
     options = dict(device=device, shard_llm=bool(s.shard_llm), **config)
+    if s.train_llm:  # trained weights are float32; Whisper keeps its dtype
+        options |= dict(dtype=torch.float32, audio_dtype=run.compute_dtype(device))
     model = DeSTA.from_pretrained(s.llm, s.whisper, s.init_from or None, **options)
     model.llm.checkpoint_activations = bool(s.checkpoint_activations)
     model.whisper.decoder.cpu()  # it writes transcripts, which training rows have: 1.8 GB
@@ -356,6 +364,17 @@ def build(s, device):
     if s.audio_seconds > hears:
         raise ValueError(f"--audio_seconds {s.audio_seconds}: {s.whisper} hears {hears} s at most")
     return model
+
+
+def make_optimizer(s, model):
+    """AdamW. What learns inside the LLM has a rate of its own: `share` times the schedule's."""
+    named = model.trained()
+    inside = [weight for name, weight in named.items() if name.startswith(LLM_PREFIX)]
+    adapter = [weight for name, weight in named.items() if not name.startswith(LLM_PREFIX)]
+    groups = [{"params": adapter}]
+    if inside:
+        groups.append({"params": inside, "share": s.llm_lr / s.lr if s.llm_lr >= 0 else 1.0})
+    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
 def resume(s, model, optimizer, data, rank, world):
@@ -414,8 +433,7 @@ def main():
 
     # optimizer, resume
     model.train()
-    betas = (0.9, s.beta2)
-    optimizer = torch.optim.AdamW(weights, betas=betas, weight_decay=s.weight_decay, fused=True)
+    optimizer = make_optimizer(s, model)
     gradients = flat_gradients(weights)
     first_step, record = resume(s, model, optimizer, data, rank, world)
     if first_step:
@@ -437,7 +455,8 @@ def main():
         # Not when a signal came: a cluster that takes its machine back waits half a minute.
         evaluates = step % s.eval_every == 0 or step == last_step
         if s.eval_data and evaluates and (step > first_step or step == 0):
-            log({"step": step} | evaluate(model, held_out, s.micro_batch))
+            tables = getattr(model.adapter, "tables", dict)()
+            log({"step": step} | evaluate(model, held_out, s.micro_batch) | tables)
         saves = ending or (step % s.save_every == 0 and not skipped.in_a_row)
         if rank == 0 and saves and step > first_step:
             checkpoint.save(s.out, model, optimizer, step, record, s.keep)

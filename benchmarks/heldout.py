@@ -34,15 +34,20 @@ from benchmarks import common
 MAX_NEW_TOKENS = 36  # for an adapter that does not say; eval.py prefers its own limit
 ASKED = ("right", "wrong", "transcript", "wrong_sound")  # what stands in the clip's place
 CLIPS = ("description", *ASKED, "none")  # the same for the losses
-ANSWERS = ("text", *ASKED, "same_domain")
+WAYS = (*CLIPS, "vectors")  # the last without the transcript; only where `ways` asks for it
+ANSWERS = ("text", *ASKED, "vectors", "same_domain")
 
 
-def load(path, audio_root, metadata=""):
+def load(path, audio_root, metadata="", ways=""):
     """Rows that generate_data.py wrote, with "messages" (right clip), "wrong_messages",
     "wrong_sound_messages", "domain" and "attributes".
 
     metadata: the file with the labels, by default the one that the rows were made from.
+    ways: some of WAYS, with commas, by default CLIPS: fewer take less time.
     """
+    ways = [way.strip() for way in ways.split(",")] if ways else list(CLIPS)
+    if unknown := set(ways) - set(WAYS):
+        raise ValueError(f"ways: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
     metadata = metadata or str(path).removesuffix(".jsonl") + ".metadata.jsonl"
     for file in (path, metadata):
         if not Path(file).is_file():
@@ -68,7 +73,7 @@ def load(path, audio_root, metadata=""):
         wrong_sound = wrong | {"text": audio.get("text")}
         row["wrong_messages"] = [*before, question | {"audios": [wrong]}]
         row["wrong_sound_messages"] = [*before, question | {"audios": [wrong_sound]}]
-        row["domain"] = clip["domain"]
+        row["ways"], row["domain"] = ways, clip["domain"]
         row["attributes"] = {}
         for segment in clip["segments"]:
             named = {name: str(value) for name, value in segment["attributes"].items()}
@@ -77,7 +82,7 @@ def load(path, audio_root, metadata=""):
 
 
 def answer(model, rows, max_new_tokens, root, batch_size, **_):
-    """Everything that needs the model: four answers and six losses for each row.
+    """Everything that needs the model: answers (of ASKED and vectors) and losses for each row.
 
     The questions stand after the context that the adapter was trained with.
     """
@@ -94,9 +99,11 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
         "transcript": (right, audio_slot(model.tokenizer, 0)),
         "wrong_sound": (asked("wrong_sound_messages"), sound),
         "none": (right, lambda audio: []),
+        "vectors": (right, lambda audio: sound(audio | {"text": ""})),
     }
+    prompts = {name: prompts[name] for name in rows[0]["ways"]}
     answers = {}
-    for name in ASKED:
+    for name in [name for name in prompts if name in (*ASKED, "vectors")]:
         conversations, fill = prompts[name]
         answers[name] = model.generate(
             conversations, max_new_tokens, root=root, fill=fill, batch_size=batch_size
@@ -113,7 +120,7 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
             losses[name] += sums.tolist()
     finished = []
     for i, row in enumerate(rows):
-        said = {"text": row["response"]} | {name: answers[name][i] for name in ASKED}
+        said = {"text": row["response"]} | {name: answers[name][i] for name in answers}
         result = {
             "id": row["id"],
             "dataset": row.get("dataset", ""),
@@ -123,7 +130,7 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
             "attributes": row["attributes"],
             "wrong_id": row["wrong_messages"][-1]["audios"][0]["audio"],
             "answers": said,
-            "loss": {name: losses[name][i] for name in CLIPS},
+            "loss": {name: losses[name][i] for name in losses},
             "target_tokens": len(prepared[i]["target"]),
         }
         finished.append(result)
@@ -178,6 +185,8 @@ def naming(rows, attributes, values):
             said = row["answers"][source]
             hits.append(sum(is_named(said, value, values[name]) for name, value in pairs))
         rates[source] = interval(hits, asked)
+    if "right" not in rates:
+        return rates
     # For each label: which of the right clips' answers name it? A row's chance is the share of the
     # other rows' answers that do.
     answers = [row["answers"]["right"] for row in rows]

@@ -126,15 +126,12 @@ def losses(model, rows):
     """model.DeSTA.losses, with the same result.
 
     What all rows start with (template header, system prompt, worked examples) does not depend on
-    trained weights: its keys and values are computed once and kept in model.prefix. (With LoRA they
-    do depend, and with a sharded LLM every rank must make the
-    same number of passes: then nothing is shared.)
+    trained weights: its keys and values are computed once and kept in model.prefix.
     """
     P, shortest = 0, min(len(row["ids"]) for row in rows)
-    first = rows[0]["ids"]
-    may_share = not (model.config.lora_rank or model.llm.sharded)
+    first, shares = rows[0]["ids"], shares_prefix(model)
     while (
-        may_share
+        shares
         and P < shortest - 1
         and first[P] >= 0
         and all(row["ids"][P] == first[P] for row in rows)
@@ -154,6 +151,14 @@ def losses(model, rows):
     targets = torch.cat([torch.tensor(row["target"]) for row in rows]).to(model.device)
     logits = model.llm.lm_head(hidden[position.to(model.device)]).float()  # (n_targets, vocab_size)
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def shares_prefix(model):
+    """Not where the LLM learns (LoRA, --train_llm): the prefix changes with every step, and has
+    gradients. Nor where it is sharded: every rank must make the same number of passes.
+    """
+    c = model.config
+    return not (c.lora_rank or c.train_llm or model.llm.sharded)
 
 
 @torch.no_grad()

@@ -267,9 +267,11 @@ class Log:
         with writing(self.file), open(self.file, "a") as file:
             file.write(json.dumps(record) + "\n")
         self.bar.update(record["step"] - self.bar.n)
+        is_table = lambda v: isinstance(v, list) and v and isinstance(v[0], list)
+        shown = {k: v for k, v in record.items() if not is_table(v)}  # tables: in the file alone
         self.bar.write(
             "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
             )
         )
 

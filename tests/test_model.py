@@ -386,7 +386,7 @@ def test_adapter_round_trip(spare, tiny_world, tmp_path):
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config.pop("placeholder_token") and len(config.pop("sha256")) == 64 and config == {
         "llm_model_id": str(tiny_world.llm), "encoder_model_id": str(tiny_world.whisper), "connector_mode": "qformer_1",
-        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut", "fit_window": 0, "use_lora": False, "lora_rank": 0,
+        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>", "audio_seconds": 3, "long_audio": "cut", "fit_window": 0, "use_lora": False, "lora_rank": 0, "n_taps": 4, "train_llm": 0,
         "context": [SYSTEM], "max_answer_tokens": 40,
     }  # fmt: skip
     again = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "a", dtype=torch.float32, device="cpu")

@@ -86,7 +86,7 @@ def test_both_files_ask_the_same_rules_in_the_same_order():
             assert row["kwargs"][0]["prompt_to_repeat"] in row["instruction"], "what is to be repeated stands in the instruction"
 
 
-@pytest.mark.parametrize("pool", ["demo/instructions", "demo/instructions.qwen", "demo/context.json", "demo/context.qwen.json", "demo/real/context.json"])
+@pytest.mark.parametrize("pool", ["demo/instructions", "demo/instructions.qwen", "demo/instructions.prose", "demo/context.json", "demo/context.qwen.json", "demo/context.prose.json", "demo/real/context.json"])
 def test_none_of_them_was_trained(pool):
     path = ROOT / pool
     if path.is_dir():

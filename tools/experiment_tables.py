@@ -1,0 +1,225 @@
+"""
+experiment_tables.py: from the lines of experiments.py to tables in docs/experiments.md and figures.
+
+`python tools/experiments.py tables` calls it. Between `<!-- table N -->` and `<!-- end -->` of the
+page stands what this file writes; all else is written by hand.
+
+Intervals are 95 %, by bootstrap over clips (the same ones in all arms, so differences are paired)
+and over seeds. Two or three seeds say little about the spread between seeds: the dots in the figure
+show each of them.
+"""
+
+import re
+import zlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from engine.checkpoint import write_text
+
+# Of each claim's table: heading, test, figure. The first two that are shares are drawn.
+COLUMNS = {
+    1: [
+        ("named", "seen", "right"),
+        ("obeyed", "obey", "sound"),
+        ("Δ to the description", "obey", "delta"),
+        ("perplexity of the targets", "targets", "perplexity"),
+        ("the targets name", "targets", "names"),
+        ("the text answer names", "seen", "text"),
+        ("the text answer obeys", "obey", "description"),
+    ],
+    2: [
+        ("named", "seen", "right"),
+        ("text instructions obeyed", "text", "text"),
+        ("text loss", "text", "text loss"),
+        ("obeyed with sound", "obey", "sound"),
+    ],
+    3: [
+        ("named", "seen", "right"),
+        ("new instructions", "new", "right"),
+        ("new classes", "seen", "right, new class"),
+        ("speech", "seen", "right, speech"),
+        ("sound", "seen", "right, sound"),
+        ("music", "seen", "right, music"),
+        ("text answer", "seen", "text"),
+        ("text, new instructions", "new", "text"),
+    ],
+    4: [
+        ("named", "seen", "right"),
+        ("without transcript", "vectors", "vectors"),
+        ("loss", "seen", "loss right"),
+    ],
+    5: [
+        ("plain", "mmau", "accuracy"),
+        ("chain of thought", "cot", "accuracy"),
+        ("parsed", "mmau", "parsed"),
+        ("parsed, chain of thought", "cot", "parsed"),
+        ("text answer", "mmau_text", "accuracy"),
+        ("text, chain of thought", "cot_text", "accuracy"),
+        ("by chance", "mmau", "chance"),
+    ],
+    6: [
+        ("named, new instructions", "new", "right"),
+        ("obeyed", "obey", "sound"),
+        ("Δ to the description", "obey", "delta"),
+        ("perplexity of the targets", "targets", "perplexity"),
+        ("the targets name", "targets", "names"),
+    ],
+}
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def arms(lines, claim):
+    """-> {name: the lines of its seeds}, in the order of the runs' table"""
+    from experiments import RUNS
+
+    mine = [line for line in lines if line["claim"] == claim]
+    names = [row[2] for row in RUNS if row[0] == claim]
+    found = {name: [line for line in mine if line["name"] == name] for name in names}
+    return {name: of_name for name, of_name in found.items() if of_name}
+
+
+def figure_of(lines, test, figure):
+    """One row for each seed: a number, or one for each clip. None if a line lacks it."""
+    found = [line["results"].get(test, {}).get(figure) for line in lines]
+    return None if None in found else np.array(found, float).reshape(len(lines), -1)
+
+
+def draws(values, name, n=4000):
+    """Bootstrap means of values (seeds, clips). -> (n,)
+
+    The clips that are drawn depend on their number alone: they are the same in all arms.
+    """
+    S, C = values.shape
+    seeds = np.random.default_rng(zlib.crc32(name.encode())).multinomial(S, np.full(S, 1 / S), n)
+    clips = np.random.default_rng(C).multinomial(C, np.full(C, 1 / C), n)
+    return ((seeds @ values) * clips).sum(1) / (S * C)  # (n, C) summed over the clips
+
+
+def interval(drawn):
+    return tuple(np.percentile(drawn, [2.5, 97.5]))
+
+
+def cell(values, name, base=None, base_name=""):
+    """ "0.41 (0.35 to 0.47)"; below it the difference to the arm that it is compared with, or
+    "none" where its interval holds zero.
+    """
+    drawn = draws(values, name)
+    low, high = interval(drawn)
+    spread = bool(high > low)
+    text = f"{values.mean():.3f}" + f" ({low:.3f} to {high:.3f})" * spread
+    if base is None or base.shape[1] != values.shape[1] or not spread:
+        return text
+    low, high = interval(drawn - draws(base, base_name))
+    difference = f"{values.mean() - base.mean():+.3f}" if low * high > 0 else "none"
+    return f"{text}<br>{difference} ({low:+.3f} to {high:+.3f})"
+
+
+def compared_with(lines, found):
+    """The first arm with the same LLM."""
+    return next(name for name, others in found.items() if others[0]["llm"] == lines[0]["llm"])
+
+
+def table(lines, claim):
+    found = arms(lines, claim)
+    if not found:
+        return "Not run yet."
+    rows = [["arm", "seeds"] + [heading for heading, _, _ in COLUMNS[claim]]]
+    rows.append(["---"] * len(rows[0]))
+    for name, of_name in found.items():
+        first, cells = compared_with(of_name, found), []
+        for _, test, figure in COLUMNS[claim]:
+            values = figure_of(of_name, test, figure)
+            base = None if name == first else figure_of(found[first], test, figure)
+            cells.append("-" if values is None else cell(values, name, base, first))
+        rows.append([name, str(len(of_name)), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+COLORS = ("#1a7f5a", "#c2410c")
+BOUNDS = {("seen", "right"): "text", ("new", "right"): "text", ("obey", "sound"): "description"}
+
+
+def draw_claim(axis, lines, claim):
+    """Each arm's first two figures: mean, interval, a mark for each seed. Dotted: what the first
+    arm's LLM does that reads the description.
+    """
+    found = arms(lines, claim)
+    first = next(iter(found.values()))
+    for k, (heading, test, figure) in enumerate(COLUMNS[claim][:2]):
+        if (test, figure) in BOUNDS:
+            bound = figure_of(first, test, BOUNDS[test, figure]).mean()
+            axis.axvline(bound, color=COLORS[k], linestyle=":", linewidth=1)
+        for y, (name, of_name) in enumerate(found.items()):
+            values = figure_of(of_name, test, figure)
+            if values is None:
+                continue
+            low, high = interval(draws(values, name))
+            style = dict(color=COLORS[k], label=heading if y == 0 else None)
+            place = y + 0.3 * k - 0.15
+            axis.plot([low, high], [place] * 2, color=COLORS[k], linewidth=1)
+            axis.plot(values.mean(), place, "o", markersize=6, **style)
+            axis.plot(values.mean(1), [place] * len(values), "|", color=COLORS[k], markersize=9)
+    axis.set(title=f"claim {claim}", yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_claims(lines, claims):
+    heights = [1 + len(arms(lines, claim)) for claim in claims]
+    size = dict(figsize=(7, 0.45 * sum(heights) + 1), layout="constrained")
+    figure, axes = plt.subplots(
+        len(claims), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights), **size
+    )
+    for axis, claim in zip(axes[:, 0], claims):
+        draw_claim(axis, lines, claim)
+    return figure
+
+
+def draw_taps(lines):
+    """For each trained run: how much each query takes of each tap, at the end; and the mean over
+    the queries at each evaluation.
+    """
+    runs = {line["key"]: line["tap_weights"] for line in lines if line["tap_weights"]}
+    runs = {key: found for key, found in runs.items() if len(next(iter(found.values()))[0]) > 1}
+    ends = [weight for found in runs.values() for weight in np.ravel(found[max(found, key=int)])]
+    low, high, columns = min(ends), max(ends), min(6, len(runs))
+    n = -(-len(runs) // columns)
+    size = dict(figsize=(2 * columns, 3 * n), layout="constrained")
+    figure, axes = plt.subplots(n, columns, squeeze=False, **size)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (key, found) in zip(axes.flat, runs.items()):
+        final = np.array(found[max(found, key=int)])  # (n_queries, n_taps)
+        order = np.argsort(final @ np.arange(final.shape[1]))
+        picture = axis.imshow(final[order], vmin=low, vmax=high, aspect="auto", cmap="viridis")
+        axis.set_title(key.replace("-", "\n"), fontsize=6)
+    figure.colorbar(picture, ax=axes, shrink=0.5, label="weight of a tap (first to last, across)")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def write(lines, page, assets):
+    plt.switch_backend("agg")  # files, no window
+    plt.rcParams["svg.hashsalt"] = "same lines, same file"
+    text = page.read_text(encoding="utf-8")
+    for claim in COLUMNS:
+        marks = re.compile(rf"(<!-- table {claim} -->\n).*?(<!-- end -->)", re.S)
+        made = table(lines, claim)
+        text, n = marks.subn(lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text)
+        if n != 1:
+            raise ValueError(f"{page}: the marks of table {claim} are missing or stand there twice")
+    write_text(page, text)
+    undated = {"Date": None}
+    if claims := [claim for claim in COLUMNS if arms(lines, claim)]:
+        draw_claims(lines, claims).savefig(assets / "experiments.svg", metadata=undated)
+    if any(line["tap_weights"] for line in lines):
+        draw_taps(lines).savefig(assets / "experiments.taps.svg", metadata=undated)
+    print(f"{page}: {len(lines)} runs")
