@@ -30,7 +30,7 @@ class Settings:
     data: str = setting("data/real", "folder of runs/real.sh: all.train.jsonl, all.test.jsonl, …")
     out: str = setting("out/carry", "a folder for each run goes here")
     only: str = setting("", "these runs alone: names, with commas")
-    max_steps: int = setting(420, "of each training", low=1)
+    max_steps: int = setting(1600, "of each training; 200 teach too little (LOG.md)", low=1)
     processes: int = setting(2, "as many as cores", low=1)
 
 
