@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Real recordings: four public corpora and the demo's clips, from the files as their authors publish
+# Real recordings: four public corpora, a fifth (Asterisk, for languages) where it is there, and the demo's clips, from the files as their authors publish
 # them to an adapter, its table and its report page, on held-out speakers, notes and recordings.
 #
 #   CORPORA=DIR bash runs/real.sh      without DIR, or where a corpus is missing, it says what to fetch
 #   CORPORA=DIR CLIPS=12 TEST_CLIPS=4 STEPS=3 DATA=data/few OUT=out/few bash runs/real.sh      to see that everything works
 #
-#   BACKBONE=qwen CORPORA=DIR bash runs/real.sh      answers in the words of Qwen2.5-Coder-0.5B to 370 instructions
+#   BACKBONE=qwen CORPORA=DIR bash runs/real.sh      the LLM is Qwen2.5-Coder-0.5B, with 372 instructions
 #
 # A second run skips what is done, Ctrl-C loses nothing finished. Models and optimisation are the recipe "demo" of
 # recipes.py, but for seven passes over the data and windows as long as the clips (LOG.md says what both bring); the
@@ -40,6 +40,7 @@ END
 
 missing=0
 while read -r name folder _ _ origin; do
+    [[ " $CORPORA_USED " = *" $name "* ]] || continue
     if [ ! -d "${CORPORA:-/nonexistent}/$folder" ]; then
         [ $missing = 1 ] || echo "CORPORA has to be a folder with these corpora; missing in '$CORPORA':"
         missing=1
@@ -47,7 +48,7 @@ while read -r name folder _ _ origin; do
     fi
 done < <(corpora)
 [ $missing = 0 ] || exit 1
-[ -d "$CORPORA/asterisk" ] || cat <<END
+[[ -d "$CORPORA/asterisk" || "$CORPORA_USED" != *asterisk* ]] || cat <<END
 Without recordings in several languages. To have them, on Debian, in $CORPORA:
   apt-get download asterisk-core-sounds-{en,es,fr,it,ru}{,-wav} && for deb in asterisk*.deb; do dpkg -x \$deb asterisk; done
 END

@@ -4,9 +4,9 @@ probe.py: what a linear classifier reads off Whisper's taps, attribute by attrib
     python tools/probe.py data/real/all.train.metadata.jsonl data/real/all.test.metadata.jsonl \\
         --audio_root data/real
 
-Where an adapter does not name an attribute, this tells who lacks it: if the classifier cannot tell
-its values apart on held-out clips either, the ears do not hear them; if it can, more training or
-better targets will help. A clip is the mean and the standard deviation over its frames of each
+An adapter does not name an attribute: is that Whisper's fault or the adapter's? If the classifier
+fails on held-out clips too, Whisper's output may not hold it. If it succeeds, the attribute is
+there to be learned. A clip is the mean and the standard deviation over its frames of each
 channel of each tap; the classifier is logistic regression.
 """
 
