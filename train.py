@@ -150,9 +150,9 @@ class Batch:
     micro_batches: list  # of lists of prepared rows
     n_rows: float
     n_clips: float
-    n_frames: float  # of the encoder, in all clips
     n_tokens: float
     n_targets: float
+    n_frames: float = 0.0  # of the encoder, in all clips
 
 
 def batches(loader, n_micro, model, left_out, warnings):
@@ -169,7 +169,7 @@ def batches(loader, n_micro, model, left_out, warnings):
         n_frames = sum(mel.shape[-1] // 2 for row in rows for mel in row["mels"])
         n_tokens = sum(n_computed(row, model) for row in rows)
         n_targets = sum(len(row["target"]) for row in rows)
-        counts = len(rows), n_clips, n_frames, n_tokens, n_targets
+        counts = len(rows), n_clips, n_tokens, n_targets, n_frames
         totals = sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=model.device))
         yield Batch(micro_batches, *totals.tolist())
 
