@@ -180,12 +180,11 @@ def naming(rows):
     new = lambda row: [name for name, value in row["attributes"].items() if is_new(name, value)]
     seen = lambda row: [] if new(row) else list(row["attributes"])
     figures = {}
-    for way in ("right", "wrong", "vectors", "text"):
-        if way in rows[0]["answers"]:
-            figures |= {way: named(rows, way, seen), f"{way}, new class": named(rows, way, new)}
-    for domain in ("speech", "sound", "music"):
-        mine = [row for row in rows if row["domain"] == domain]
-        figures |= {f"{way}, {domain}": named(mine, way, seen) for way in ("right", "text")}
+    for way in rows[0]["answers"]:
+        figures |= {way: named(rows, way, seen), f"{way}, new class": named(rows, way, new)}
+        for domain in ("speech", "sound", "music"):
+            mine = [row for row in rows if row["domain"] == domain]
+            figures[f"{way}, {domain}"] = named(mine, way, seen)
     tokens = sum(row["target_tokens"] for row in rows)
     for way in rows[0]["loss"]:
         figures[f"loss {way}"] = sum(row["loss"][way] for row in rows) / tokens
@@ -372,7 +371,7 @@ class Workplace:
             flags, options = dict(limit=self.n_targets), dict(ways="description")
         elif test in ("seen", "new", "vectors"):
             data, read = self.held_out(run.llm, test), naming
-            options = dict(ways="right,vectors" if test == "vectors" else "right,wrong,description")
+            options = dict(ways="vectors" if test == "vectors" else "right,wrong,description")
         elif test in ("obey", "text"):
             data, read, task = self.held_out(run.llm, "seen"), obeyed, "obey"
             options = dict(asked="text") if test == "text" else dict(pairs=self.pairs)
