@@ -130,7 +130,8 @@ class Run:
     @property
     def key(self):
         """What is trained, as a folder's name: runs of several claims may have it in common."""
-        settings = [f"{name}_{value}" for name, value in sorted(self.train.items())]
+        settings = {"max_steps": TRAIN["max_steps"]} | self.train
+        settings = [f"{name}_{value}" for name, value in sorted(settings.items())]
         return "-".join([short(self.llm), self.targets, *settings, f"seed_{self.seed}"])
 
 
@@ -429,8 +430,8 @@ class Workplace:
 
     def do_all(self, runs, minutes, at_once):
         """-> how many failed"""
-        done = {(line["claim"], line["name"], line["seed"]) for line in self.results()}
-        todo = [run for run in runs if (run.claim, run.name, run.seed) not in done]
+        done = {(line["claim"], line["key"]) for line in self.results()}
+        todo = [run for run in runs if (run.claim, run.key) not in done]
         print(f"{len(todo)} runs to do, {len(done)} done")
         self.lines.mkdir(parents=True, exist_ok=True)
         deadline, failed = time.time() + 60 * minutes, []
