@@ -103,7 +103,7 @@ def test_a_second_run_does_what_is_missing(place):
     assert one["results"] == {test: {"figure": [1, 0]} for test in ex.STANDARD}
     # what claim 1 had found of the same training was not asked again
     assert len(place.asked) == len(set(place.asked))
-    assert {name for key, name in place.asked if key == "smollm2-self-seed_0"} == {*ex.STANDARD, "text"}
+    assert {name for key, name in place.asked if key == "smollm2-self-max_steps_150-seed_0"} == {*ex.STANDARD, "text"}
     place.asked.clear()
     assert place.do_all(runs, -1, 1) == 3 and len(place.results()) == len(lines)
     assert {key for key, _ in place.asked} == {run.key for run in failing}
@@ -195,12 +195,14 @@ def line(name, seed, right, llm=ex.SMOLLM2, claim=1):
         "obey": {"sound": [1, 0] * 20, "description": [1] * 40, "delta": [0, -1] * 20},
     }  # fmt: skip
     weights = {"0": [[0.25] * 4] * 3, "50": [[0.1, 0.2, 0.3, 0.4]] * 3}
-    return dict(claim=claim, name=name, seed=seed, llm=llm, key=f"{name}-{seed}", results=results, tap_weights=weights)
+    [key] = [run.key for run in ex.all_runs([claim]) if (run.name, run.seed) == (name, seed)]
+    return dict(claim=claim, name=name, seed=seed, llm=llm, key=key, results=results, tap_weights=weights)
 
 
 def test_tables_and_figures(tmp_path):
     lines = [line("by Qwen", seed, [0.25, 0.5, 0, 0.25] * 10) for seed in range(2)]
     lines += [line("own, T 0.05", seed, [0.75, 1, 0.5, 0.75] * 10) for seed in range(3)]
+    lines.append(line("by Qwen", 2, [1, 1, 1, 1] * 10) | {"key": "of other settings"})
     lines += [line("own, T 1", 0, [0.75, 1, 0.75, 0.5] * 10), line("Qwen: own", 0, [1, 0, 0, 1] * 10, llm=ex.QWEN)]
     page = tmp_path / "experiments.md"
     page.write_text("".join(f"text {claim}\n<!-- table {claim} -->\nold\n<!-- end -->\n" for claim in ex.ORDER))

@@ -72,12 +72,16 @@ COLUMNS = {
 
 
 def arms(lines, claim):
-    """-> {name: the lines of its seeds}, in the order of the runs' table"""
-    from experiments import RUNS
+    """-> {name: the lines of its seeds}, in the order of the runs' table. Lines of runs that it
+    does not hold (any more) are left out.
+    """
+    from experiments import all_runs
 
+    keys = {}
+    for run in all_runs([claim]):
+        keys.setdefault(run.name, []).append(run.key)
     mine = [line for line in lines if line["claim"] == claim]
-    names = [row[2] for row in RUNS if row[0] == claim]
-    found = {name: [line for line in mine if line["name"] == name] for name in names}
+    found = {name: [line for line in mine if line["key"] in of] for name, of in keys.items()}
     return {name: of_name for name, of_name in found.items() if of_name}
 
 

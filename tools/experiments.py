@@ -130,7 +130,8 @@ class Run:
     @property
     def key(self):
         """What is trained, as a folder's name: runs of several claims may have it in common."""
-        settings = [f"{name}_{value}" for name, value in sorted(self.train.items())]
+        settings = {"max_steps": TRAIN["max_steps"]} | self.train
+        settings = [f"{name}_{value}" for name, value in sorted(settings.items())]
         return "-".join([short(self.llm), self.targets, *settings, f"seed_{self.seed}"])
 
 
@@ -180,12 +181,11 @@ def naming(rows):
     new = lambda row: [name for name, value in row["attributes"].items() if is_new(name, value)]
     seen = lambda row: [] if new(row) else list(row["attributes"])
     figures = {}
-    for way in ("right", "wrong", "vectors", "text"):
-        if way in rows[0]["answers"]:
-            figures |= {way: named(rows, way, seen), f"{way}, new class": named(rows, way, new)}
-    for domain in ("speech", "sound", "music"):
-        mine = [row for row in rows if row["domain"] == domain]
-        figures |= {f"{way}, {domain}": named(mine, way, seen) for way in ("right", "text")}
+    for way in rows[0]["answers"]:
+        figures |= {way: named(rows, way, seen), f"{way}, new class": named(rows, way, new)}
+        for domain in ("speech", "sound", "music"):
+            mine = [row for row in rows if row["domain"] == domain]
+            figures[f"{way}, {domain}"] = named(mine, way, seen)
     tokens = sum(row["target_tokens"] for row in rows)
     for way in rows[0]["loss"]:
         figures[f"loss {way}"] = sum(row["loss"][way] for row in rows) / tokens
@@ -372,7 +372,7 @@ class Workplace:
             flags, options = dict(limit=self.n_targets), dict(ways="description")
         elif test in ("seen", "new", "vectors"):
             data, read = self.held_out(run.llm, test), naming
-            options = dict(ways="right,vectors" if test == "vectors" else "right,wrong,description")
+            options = dict(ways="vectors" if test == "vectors" else "right,wrong,description")
         elif test in ("obey", "text"):
             data, read, task = self.held_out(run.llm, "seen"), obeyed, "obey"
             options = dict(asked="text") if test == "text" else dict(pairs=self.pairs)
@@ -430,8 +430,8 @@ class Workplace:
 
     def do_all(self, runs, minutes, at_once):
         """-> how many failed"""
-        done = {(line["claim"], line["name"], line["seed"]) for line in self.results()}
-        todo = [run for run in runs if (run.claim, run.name, run.seed) not in done]
+        done = {(line["claim"], line["key"]) for line in self.results()}
+        todo = [run for run in runs if (run.claim, run.key) not in done]
         print(f"{len(todo)} runs to do, {len(done)} done")
         self.lines.mkdir(parents=True, exist_ok=True)
         deadline, failed = time.time() + 60 * minutes, []
