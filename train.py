@@ -154,6 +154,11 @@ class Batch:
     n_targets: float
     n_frames: float = 0.0  # of the encoder, in all clips
 
+    @property
+    def counts(self):
+        """What `flops` needs."""
+        return self.n_clips, self.n_tokens, self.n_targets, self.n_frames
+
 
 def batches(loader, n_micro, model, left_out, warnings):
     """Yields a Batch per step. Rows that cannot be used are dropped; the tallies are told why."""
@@ -446,6 +451,7 @@ def main():
     left_out, warnings = run.Tally("rows left out"), run.Tally("warnings about audio files")
     steps = batches(loader, n_micro, model, left_out, warnings)
     log = run.Log(Path(s.out) / "log.jsonl", first_step, last_step, rank)
+    tables = getattr(model.adapter, "tables", dict)  # an adapter may have some for the log
     skipped = run.Skipped(s.max_skipped, log, s.out)
     peak = run.peak_flops(device, model.llm.lm_head.weight.dtype) * world
 
@@ -455,8 +461,7 @@ def main():
         # Not when a signal came: a cluster that takes its machine back waits half a minute.
         evaluates = step % s.eval_every == 0 or step == last_step
         if s.eval_data and evaluates and (step > first_step or step == 0):
-            tables = getattr(model.adapter, "tables", dict)()
-            log({"step": step} | evaluate(model, held_out, s.micro_batch) | tables)
+            log({"step": step} | evaluate(model, held_out, s.micro_batch) | tables())
         saves = ending or (step % s.save_every == 0 and not skipped.in_a_row)
         if rank == 0 and saves and step > first_step:
             checkpoint.save(s.out, model, optimizer, step, record, s.keep)
@@ -478,8 +483,7 @@ def main():
 
         # log
         seconds = time.perf_counter() - start
-        counts = batch.n_clips, batch.n_tokens, batch.n_targets, batch.n_frames
-        work = flops(model, *counts)
+        work = flops(model, *batch.counts)
         speed = {"rows_per_second": batch.n_rows / seconds, "mfu": work / seconds / peak}
         record_of_step = {
             "step": step + 1,
