@@ -363,6 +363,10 @@ def start_processes():
         # instead.
         torch.set_num_threads(max(1, n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # Imported later, as torch.optim does, it would hold the group in its default arguments:
+        # destroyed or not, the group's threads would outlive Python, and could abort.
+        import torch.distributed.nn  # noqa: F401
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return rank, world, device
 

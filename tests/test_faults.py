@@ -19,7 +19,7 @@ import killed
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, read_jsonl, script, start, write_jsonl
+from conftest import ROOT, flags, read_jsonl, script, start, torchrun, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import train
@@ -591,3 +591,24 @@ def test_two_thousand_steps(world, tmp_path):
     first, last = np.median(seconds[200:800]), np.median(seconds[-600:])
     print(f"median step: {1000 * first:.1f} ms in steps 200-800, {1000 * last:.1f} ms in the last 600")
     assert last < 1.5 * first
+
+
+def test_a_process_group_leaves_no_threads_behind(tmp_path):
+    """A thread of gloo that outlives Python aborts the process now and then, after all work is done: "terminate called without an active exception"."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import atexit, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from engine import run
+
+def work():
+    run.start_processes()
+    import torch._dynamo  # as torch.optim and transformers do
+    run.sum_over_ranks(torch.ones(3))
+
+import torch
+names = lambda: [file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("gloo's threads:", sum("gloo" in name for name in names()), flush=True))
+run.main(work)
+""")
+    assert torchrun(2, program).count("gloo's threads: 0") == 2
