@@ -19,6 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+# Imported after there is a process group, as torch.optim would, it holds the group in its default
+# arguments: the group's threads then outlive Python, and abort now and then.
+import torch.distributed.nn  # noqa: F401
 from tqdm import tqdm
 
 from engine.checkpoint import write_text, writing
@@ -363,10 +367,6 @@ def start_processes():
         # instead.
         torch.set_num_threads(max(1, n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # Imported later, as torch.optim does, it would hold the group in its default arguments:
-        # destroyed or not, the group's threads would outlive Python, and could abort.
-        import torch.distributed.nn  # noqa: F401
-
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return rank, world, device
 
