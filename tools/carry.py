@@ -21,8 +21,9 @@ from engine.checkpoint import write_jsonl
 from engine.run import setting
 from engine.weights import read_json
 
-# A line is one training: without a corpus, and without two of EmoDB's ten speakers, a man and a woman,
-# for these two have little to do with each other. The fifth pair is the test part of runs/real.sh.
+# A line is one training: without a corpus, and without two of EmoDB's ten speakers, a man and a
+# woman, for these two have little to do with each other. EmoDB's fifth pair is the test part of
+# runs/real.sh.
 LEFT_OUT = [
     ("animals", "emodb 03 08"),
     ("philharmonia", "emodb 10 09"),
@@ -42,22 +43,28 @@ class Settings:
     processes: int = setting(2, "as many as cores", low=1)
 
 
+def is_left_out(row, parts):
+    """parts: one line of LEFT_OUT."""
+    for corpus, *speakers in (part.split() for part in parts):
+        if row["dataset"] == corpus and (not speakers or row["group"] in speakers):
+            return True
+    return False
+
+
 def runs(train, test):
     """-> {name: (rows to train on, rows to test on)}. Rows hold "dataset" and "group"."""
     found = {}
     for parts in LEFT_OUT:
-        speakers = {part.split()[0]: part.split()[1:] for part in parts}  # none named: all
-        in_pairs = lambda row: bool(speakers.get(row["dataset"]))
-        is_out = lambda row: (
-            row["dataset"] in speakers
-            and (not in_pairs(row) or row["group"] in speakers[row["dataset"]])
+        if not {part.split()[0] for part in parts} <= {row["dataset"] for row in train}:
+            continue  # a corpus is not there
+        # Two speakers are asked about; all others are trained on, those of the test part too.
+        paired = {part.split()[0] for part in parts if " " in part}
+        ours = train + [row for row in test if row["dataset"] in paired]
+        asked = test + [row for row in train if row["dataset"] in paired]
+        found["without " + " and ".join(parts)] = (
+            [row for row in ours if not is_left_out(row, parts)],
+            [row for row in asked if is_left_out(row, parts)],
         )
-        # Where two speakers are left out, the eight others are trained on, test part or not.
-        ours = train + [row for row in test if in_pairs(row)]
-        asked = test + [row for row in train if in_pairs(row)]
-        if {row["dataset"] for row in train} >= speakers.keys():
-            ours = [row for row in ours if not is_out(row)]
-            found["without " + " and ".join(parts)] = ours, [row for row in asked if is_out(row)]
     return found
 
 
