@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, flags, script
+from conftest import ROOT, flags, script, write_jsonl
 
 from engine.checkpoint import load_tensors, read_record, save_tensors, write_record
 
@@ -198,3 +198,24 @@ def test_published_adapter_answers(adapter, smollm2_folder, tiny_en_folder, tmp_
     noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
     soundfile.write(tmp_path / "my.wav", noise, 16000)
     assert ":" in ask(tmp_path / "my.wav", adapter)
+
+
+# -- tools/instructions.py -------------------------------------------------------------------------------------------------
+
+
+def test_share_of_answers_that_name_an_attribute(tmp_path):
+    animals = ["cow", "dog", "cat", "lion"]
+    said = {"Which animal?": "A {}.", "Is it loud?": "It is.", "Guess.": "A cow or a {}."}
+    rows = [
+        {"id": a, "prompt": prompt, "response": form.format(a), "seed_description": f"(Animal: {a})",
+         "messages": [{"role": "user", "content": "<|AUDIO|>", "audios": [{"audio": a, "text": ""}]}]}
+        for a in animals for prompt, form in said.items()
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "few.jsonl", rows)
+    clip = lambda a: {"id": a, "domain": "sound", "segments": [{"start": 0, "end": 1, "attributes": {"Animal": a}}]}
+    write_jsonl(tmp_path / "few.metadata.jsonl", map(clip, animals))
+    done = script("tools/instructions.py", tmp_path / "few.jsonl")
+    assert done.out.splitlines() == [
+        "## sound: 1 of 3 instructions name 0.70 or more", "", "| instruction | Animal |", "| --- | --- |",
+        "| Which animal? | 1.00 |", "| Guess. | 0.25 |", "| Is it loud? | 0.00 |", "",
+    ], done.err  # fmt: skip
