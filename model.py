@@ -16,7 +16,6 @@ same LLM has to give the same answers.
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -167,7 +166,6 @@ class Reader:
     audio_seconds: int
     long_audio: str
     fit_window: int = 0
-    change: Callable | None = None  # waveform -> waveform, for training: see train.vary
 
     def mels(self, path, root=None, warn=run.warn):
         """-> log-mels of the file's windows (n_windows, n_mels, frames), on the CPU
@@ -176,7 +174,6 @@ class Reader:
         seconds as it lasts: its vectors hang on nothing but the clip, in any batch.
         """
         windows = audio_windows(path, root, self.audio_seconds, self.long_audio, warn)
-        windows = [self.change(window) for window in windows] if self.change else windows
         seconds = self.audio_seconds
         if self.fit_window and len(windows) == 1:
             seconds = min(seconds, math.ceil(len(windows[0]) / SAMPLE_RATE))

@@ -13,14 +13,12 @@ Run the same command again to continue a stopped run.
 
 import collections
 import contextlib
-import functools
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,7 +29,6 @@ from engine.run import copy_from_rank_0, setting, sum_over_ranks
 from engine.weights import check_same_weights
 from model import AUDIO_ID, LLM_PREFIX, LONG, DeSTA, audios_of, before_question, inherit
 from recipes import TRAIN
-from whisper import SAMPLE_RATE, resample
 
 
 @dataclass
@@ -52,7 +49,6 @@ class Settings:
     long_audio: str = setting("cut", "rest of longer clips: cut, or split (heard)", choices=LONG)
     fit_window: int = setting(TRAIN["fit_window"], "1: shorter clips have shorter windows", high=1)
     dropout: float = setting(TRAIN["dropout"], "in the Q-Former, and in LoRA", high=0.99)
-    vary: int = setting(0, "1: after the first pass, clips are faster, slower, noisy", high=1)
     lora_rank: int = setting(0, "16: the paper's comparison, LoRA on the LLM's q, k, v", high=4096)
     train_llm: int = setting(0, "1: all weights of the LLM learn too, in float32", high=1)
     standardize: int = setting(TRAIN["standardize"], "clips to fit a fresh adapter to")
@@ -108,15 +104,11 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, number):
-        s, reader, reason = self.settings, self.reader, None
-        n_passed, i = divmod(number, len(self))
-        if s.vary and n_passed:
-            chance = np.random.default_rng([s.seed, number])
-            reader = replace(reader, change=functools.partial(vary, chance=chance))
+    def __getitem__(self, i):
+        s, reason = self.settings, None
         try:  # one bad row among millions must not stop a run of days
             row = self.rows[i]
-            prepared = reader.prepare(row, s.audio_root)
+            prepared = self.reader.prepare(row, s.audio_root)
             if len(prepared["target"]) > s.max_answer_tokens:
                 reason = f"answer longer than --max_answer_tokens {s.max_answer_tokens}"
             elif len(prepared["ids"]) > s.max_prompt:
@@ -139,21 +131,6 @@ class Rows(torch.utils.data.Dataset):
                 seen[json.dumps(before_question(self.rows[i]["messages"]))] += 1
         context = json.loads(seen.most_common(1)[0][0]) if seen else None
         return context if context and not audios_of(context) else None
-
-
-def vary(waveform, chance):
-    """The clip as another voice and another microphone might have made it: up to 12 % faster or
-    slower, and so higher or lower, up to 6 dB louder or softer, with noise 15 to 45 dB below it.
-
-    waveform: float32 (n,), 16 kHz. chance: NumPy's random generator.
-    """
-    rate = SAMPLE_RATE + 640 * int(chance.integers(-3, 4))  # steps of 4 %: few filters to make
-    waveform = resample(waveform, rate, SAMPLE_RATE)
-    noise = waveform.square().mean().sqrt() * torch.from_numpy(
-        chance.standard_normal(len(waveform), dtype=np.float32)
-    )
-    volume, noise_volume = 10 ** (chance.uniform([-6, -45], [6, -15]) / 20)
-    return float(volume) * (waveform + float(noise_volume) * noise)
 
 
 def start_loader(data, sampler, workers, device):

@@ -201,8 +201,6 @@ def step_rows(step, n, lengths, global_batch, pool, seed):
 class Batches(torch.utils.data.Sampler):
     """Yields this rank's micro-batches, from step `first` on. Micro-batch m of a step goes to rank
     m % world.
-
-    Of n rows, the number 2 n + 5 is row 5 in the third pass over the data.
     """
 
     def __init__(self, rows, settings, first, last, rank, world):
@@ -220,8 +218,6 @@ class Batches(torch.utils.data.Sampler):
         for step in range(self.first, self.last):
             n, lengths = len(self.rows), self.rows.lengths
             batch = step_rows(step, n, lengths, s.global_batch, s.length_pool, s.seed)
-            n_passed = step // (n // s.global_batch)
-            batch = [n_passed * n + row for row in batch]
             first, stride = self.rank * s.micro_batch, self.world * s.micro_batch
             for start in range(first, s.global_batch, stride):
                 yield batch[start : start + s.micro_batch]

@@ -88,8 +88,7 @@ def test_epochs_have_orders_of_their_own():
 def test_global_batches_do_not_depend_on_the_processes(world, micro):
     """The micro-batches of all ranks, put together step by step, are the batches of the epochs, from whatever step a run resumes."""
     rows, settings = in_memory(range(100)), types.SimpleNamespace(global_batch=12, micro_batch=micro, length_pool=2, seed=3)
-    batches = [step_rows(step, 100, rows.lengths, 12, 2, 3) for step in range(24)]  # 8 steps an epoch
-    expected = [[step // 8 * 100 + row for row in batch] for step, batch in enumerate(batches)]
+    expected = [step_rows(step, 100, rows.lengths, 12, 2, 3) for step in range(24)]  # 8 steps an epoch
     for first in (0, 5, 8, 11):
         ranks = [list(Batches(rows, settings, first, 20, rank, world)) for rank in range(world)]
         accumulate = 12 // micro // world
@@ -119,7 +118,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tiny_world, tmp_path, f
 
 def test_two_processes_equal_one(tiny_world, tmp_path, float32):
     """With dropout, which is drawn per micro-batch, and with one held-out row, so that the second process has nothing to evaluate."""
-    options = dict(dropout=0.1, eval_rows=1, save_every=1, keep=9, vary=1, max_steps=9)
+    options = dict(dropout=0.1, eval_rows=1, save_every=1, keep=9)
     said = torchrun(2, *command(tiny_world, tmp_path / "two", **options))
     assert "8 rows a step = 2 rows x 2 processes x 2 accumulation steps" in said
     assert script(*command(tiny_world, tmp_path / "one", **options)).status == 0
@@ -129,7 +128,7 @@ def test_two_processes_equal_one(tiny_world, tmp_path, float32):
             assert b[key] == pytest.approx(a[key], rel=1e-4), f"{key} at step {a['step']}"
 
 
-LONG = dict(max_steps=14, global_batch=4, save_every=3, eval_every=6, dropout=0.1, vary=1)
+LONG = dict(max_steps=14, global_batch=4, save_every=3, eval_every=6, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -319,31 +318,6 @@ def test_bad_rows_among_good_ones_are_left_out_and_counted(tiny_world, tmp_path,
         assert f"mixed.jsonl, row {i + 1}: " in rows[i]["left_out"] and reason in rows[i]["left_out"], f"row {i + 1}"
     (record,) = steps(tmp_path / "out")
     assert record["rows_per_second"] * record["seconds"] == pytest.approx(4) and math.isfinite(record["loss"])
-
-
-def test_clips_vary_after_the_first_pass(tiny_world, model):
-    """The same clip, a little faster or slower, with noise: another in each pass, and the same again when a run is repeated."""
-    data = tiny_world.data / "train.jsonl"
-    rows = lambda **flags: train.Rows(data, model.reader, train.Settings(audio_root=str(tiny_world.data), **flags))
-    plain, varied = rows(), rows(vary=1)
-    n = len(plain)
-    mel = lambda rows, number: rows[number]["mels"][0]
-    assert torch.equal(mel(plain, 2 * n + 1), mel(plain, 1)) and torch.equal(mel(varied, 1), mel(plain, 1))
-    passes = [mel(varied, k * n + 1) for k in range(4)]
-    assert all(torch.equal(mel(rows(vary=1), k * n + 1), passes[k]) for k in range(4))
-    assert all((a - b).abs().mean() > 0.01 for i, a in enumerate(passes) for b in passes[:i])
-    assert not torch.equal(mel(rows(vary=1, seed=1), n + 1), passes[1])
-    assert varied[n + 1]["ids"] == plain[1]["ids"] and varied[n + 1]["target"] == plain[1]["target"]
-
-
-def test_what_varies_of_a_tone():
-    tone = 0.1 * torch.sin(2 * torch.pi * 1000 / 16000 * torch.arange(32000))
-    tones = [train.vary(tone, np.random.default_rng(i)) for i in range(50)]
-    pitches = [torch.fft.rfft(t).abs().argmax().item() * 16000 / len(t) for t in tones]
-    assert 870 < min(pitches) < 910 and 1090 < max(pitches) < 1130 and {round(p / 40) for p in pitches} == set(range(22, 29))
-    assert all(len(t) == pytest.approx(32000 * 1000 / pitch, rel=0.01) for t, pitch in zip(tones, pitches))
-    levels = [10 * (t.square().mean() / tone.square().mean()).log10().item() for t in tones]
-    assert -6.1 < min(levels) < -4 and 4 < max(levels) < 6.3
 
 
 def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
