@@ -114,7 +114,8 @@ def test_what_is_left_out_is_not_trained_on():
     ]  # fmt: skip
     train, test = rows("train", 24), rows("test", 12)
     runs = carry.runs(train, test)
-    assert list(runs) == ["without animals and emodb 03 08", "without emodb"], "only with corpora that are there"
+    assert list(runs) == ["without animals and emodb 03 08", "without emodb", "everything"], "only with corpora that are there"
+    assert runs["everything"] == (train, test)
     ours, asked = runs["without emodb"]
     assert {row["dataset"] for row in ours} == {"animals"} and [row["id"] for row in asked] == [f"testemodb{i}" for i in range(12)]
     ours, asked = runs["without animals and emodb 03 08"]
