@@ -85,7 +85,15 @@ def do(name, train, test, s):
         evaluation += ["--out", folder / "predictions.jsonl"]
         for command in (training, evaluation):
             print(f"== {name}: {command[0]}", flush=True)
-            subprocess.run([*torchrun, *map(str, command)], check=True)
+            child = subprocess.Popen([*torchrun, *map(str, command)])
+            try:
+                status = child.wait()
+            except BaseException:  # Ctrl-C, SIGTERM: the training finishes its step and saves
+                child.terminate()
+                child.wait()
+                raise
+            if status:
+                raise ValueError(f"{name}: {command[0]} ended with status {status}, see above")
     return read_json(scores)
 
 
