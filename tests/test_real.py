@@ -63,11 +63,13 @@ def test_join_as_a_command(tmp_path):
 
 def test_join_leaves_attributes_out(tmp_path):
     rows = metadata(3, ["cat"], "a/")
+    for row in rows:
+        row["segments"][0]["text"] = "Miau."
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "all.metadata.jsonl"
-    subprocess.run([sys.executable, "tools/join.py", str(tmp_path / "a.jsonl"), "--out", str(out), "--without", "Size, Note"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "tools/join.py", str(tmp_path / "a.jsonl"), "--out", str(out), "--without", "Size, Note, text"], cwd=ROOT, check=True)
     less = [json.loads(line) for line in out.open()]
-    assert [row["segments"][0]["attributes"] for row in less] == [{"Animal": "cat"}] * 3
+    assert [row["segments"] for row in less] == [[{"start": 0, "end": rows[0]["segments"][0]["end"], "attributes": {"Animal": "cat"}}]] * 3
     assert [{**row, "segments": 0} for row in less] == [{**row, "segments": 0} for row in rows]
 
 

@@ -6,8 +6,9 @@ join.py: metadata of several corpora into one file, at most so many clips of eac
 
 Labels take turns, so that a small part of a corpus still holds all of them. Which clips of a label
 are taken is decided by a hash of their ids: the same command gives the same file. All ids have to
-start from the same folder: see --audio_root of corpora.py. `--without Note,Articulation` leaves
-these attributes out: what held-out clips cannot share with trained ones, for instance.
+start from the same folder: see --audio_root of corpora.py. `--without Note,Articulation,text`
+leaves out what sound cannot teach: attributes that held-out clips do not share with trained ones,
+and spoken words in a language that the ears do not know.
 """
 
 import collections
@@ -28,7 +29,7 @@ from engine.run import argument, setting
 class Settings:
     files: str = argument("metadata files, with commas; FILE:300 takes at most 300 clips")
     out: str = setting("all.metadata.jsonl", "the file to write")
-    without: str = setting("", "attributes to leave out of all clips: names, with commas")
+    without: str = setting("", "attributes to leave out, and `text`: names, with commas")
 
 
 def take(rows, n):
@@ -43,9 +44,9 @@ def take(rows, n):
 
 
 def leave_out(rows, names):
-    """The rows without the attributes of these names."""
-    kept = lambda attributes: {name: v for name, v in attributes.items() if name not in names}
-    part = lambda segment: segment | {"attributes": kept(segment["attributes"])}
+    """The rows without the attributes of these names, and without the words if "text" is one."""
+    kept = lambda fields: {name: value for name, value in fields.items() if name not in names}
+    part = lambda segment: kept(segment) | {"attributes": kept(segment["attributes"])}
     return [row | {"segments": [part(segment) for segment in row["segments"]]} for row in rows]
 
 
