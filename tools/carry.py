@@ -5,6 +5,7 @@ asked about afterwards.
     CORPORA=DIR bash runs/real.sh        # first: data/real/all.*.jsonl
     python tools/carry.py                # out/carry/…, and a table; a second run goes on
     python tools/carry.py --only emodb   # the runs with these words in their names alone
+    python demo/report.py --data_dir data/real --out out/carry/NAME      # a page to listen to
 
 What is left out is the list LEFT_OUT below: a quarter of an hour a line, on two cores.
 """
