@@ -5,8 +5,10 @@ attributes? What its answers do not say, an adapter cannot learn.
     python tools/join.py animals.train.metadata.jsonl:10,emodb.train.metadata.jsonl:10 \\
         --out few.metadata.jsonl
     python generate_data.py --metadata few.metadata.jsonl --instructions DIR --per_clip 1000 \\
-        --keep_truncated 1 --out few.jsonl                  # each clip, each instruction
+        --block 1 --keep_truncated 1 --out few.jsonl        # each clip, each instruction
     python tools/instructions.py few.jsonl                  # Markdown: a table for each domain
+
+docs/instructions.md is what it made of demo/instructions.qwen.
 
 A figure is the share of an instruction's answers that name the attribute, and none of its other
 values.
