@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Real recordings: four public corpora, a fifth (Asterisk, for languages) where it is there, and the demo's clips, from the files as their authors publish
-# them to an adapter, its table and its report page, on held-out speakers, notes and recordings.
+# Real recordings: four public corpora, a fifth (Asterisk, for languages) where it is there, and the
+# demo's clips, from the files as their authors publish them to an adapter, its table and its report
+# page, on held-out speakers, notes and recordings.
 #
 #   CORPORA=DIR bash runs/real.sh      without DIR, or where a corpus is missing, it says what to fetch
 #   CORPORA=DIR CLIPS=12 TEST_CLIPS=4 STEPS=3 DATA=data/few OUT=out/few bash runs/real.sh      to see that everything works
@@ -91,8 +92,9 @@ if [ "$DEMO" != 0 ]; then
 fi
 
 targets() { # targets SPLIT FILE:N,FILE:N…
-    # What sound cannot teach is left out. The orchestra is split by note, so a held-out note's name was never trained on.
-    # And the ears know English alone: a German sentence, which SmolLM2 likes to repeat, cannot be told from its transcript.
+    # What sound cannot teach is left out. The orchestra is split by note, so a held-out note's name
+    # was never trained on. And the ears know English alone: a German sentence, which SmolLM2 likes
+    # to repeat, cannot be told from its transcript.
     [ -f "$DATA/all.$1.metadata.jsonl" ] || python tools/join.py "${2%,}" --out "$DATA/all.$1.metadata.jsonl" --without Note,Articulation,text
     run generate_data.py --llm $LLM $GENERATE --metadata "$DATA/all.$1.metadata.jsonl" --audio_root "$DATA" --out "$DATA/all.$1.jsonl"
 }
