@@ -1,11 +1,11 @@
 """
 model.py: DeSTA2.5-Audio, the three parts joined (paper sections 3 and 4).
 
-    audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors ┐
-          -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM (frozen)
+  audio -> Whisper encoder (frozen) -> four taps -> Q-Former (trained) -> 64 vectors ┐
+        -> Whisper decoder (frozen) -> transcript ───────────────────────────────────┴> LLM (frozen)
 
-The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a description in
-words, the LLM writes the training targets. Filled with the audio vectors and the transcript, the
+The heart is `build_prompt`: one chat prompt with one slot for the clip. Filled with a description
+in words, the LLM writes the training targets. Filled with the audio vectors and the transcript, the
 same LLM has to give the same answers.
 
     python model.py clip.wav                                    # a conversation about the clip
