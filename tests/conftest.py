@@ -1,4 +1,6 @@
-"""What several test files share: real weights and recordings (tests/.cache, not in git), a tiny world for the scripts, two ways to run them."""
+"""What several test files share: real weights and recordings (tests/.cache, not in git), a tiny
+world for the scripts, two ways to run them.
+"""
 
 import contextlib
 import io
@@ -12,7 +14,8 @@ import sys
 import types
 from pathlib import Path
 
-# One thread, here and in the scripts the tests start: the models are tiny, and with busy neighbours a second thread costs minutes (LOG.md).
+# One thread, here and in the scripts the tests start: the models are tiny, and with busy neighbours
+# a second thread costs minutes (LOG.md).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -25,21 +28,39 @@ CACHE = ROOT / "tests" / ".cache"
 sys.path.insert(0, str(ROOT))
 
 
-# -- real weights and recordings -------------------------------------------------------------------------------------------
+# -- real weights and recordings -------------------------------------------------------------------
 
 
 def run_or_skip(command, cwd):
-    """Run a command that needs a package registry; skip the test, with the reason, where it cannot be reached."""
+    """Run a command that needs a package registry; skip the test, with the reason, where it cannot
+    be reached.
+    """
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"`{' '.join(map(str, command))}` failed (no network?): {done.stderr.strip()[-300:]}")
+        pytest.skip(
+            f"`{' '.join(map(str, command))}` failed (no network?): {done.stderr.strip()[-300:]}"
+        )
 
 
 def prepared(name):
-    """weights/NAME, made by demo/prepare.py (with only a handful of demo clips) where it is missing."""
+    """weights/NAME, made by demo/prepare.py (with only a handful of demo clips) where it is
+    missing.
+    """
     folder = ROOT / "weights" / name
     if not (folder / "model.safetensors").is_file():
-        run_or_skip([sys.executable, "demo/prepare.py", "--n_train", "3", "--n_test", "3", "--data_dir", str(CACHE / "demo")], ROOT)
+        run_or_skip(
+            [
+                sys.executable,
+                "demo/prepare.py",
+                "--n_train",
+                "3",
+                "--n_test",
+                "3",
+                "--data_dir",
+                str(CACHE / "demo"),
+            ],
+            ROOT,
+        )
     return folder
 
 
@@ -57,22 +78,28 @@ def smollm2_folder():
 
 @pytest.fixture(scope="session")
 def real_speech_clips():
-    """Paths of ten real English recordings of 1 to 7 s, 16 kHz mono wav: five sentences of an audio book, five short commands."""
+    """Paths of ten real English recordings of 1 to 7 s, 16 kHz mono wav: five sentences of an audio
+    book, five short commands.
+    """
     data = CACHE / "pocketsphinx" / "usr/share/pocketsphinx/test/data"
     if not data.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         run_or_skip(["apt-get", "download", "pocketsphinx-testdata"], CACHE)
-        run_or_skip(["dpkg", "-x", next(CACHE.glob("pocketsphinx-testdata_*.deb")), "pocketsphinx"], CACHE)
+        run_or_skip(
+            ["dpkg", "-x", next(CACHE.glob("pocketsphinx-testdata_*.deb")), "pocketsphinx"], CACHE
+        )
     clips = sorted(data.glob("librivox/*.wav")) + sorted(data.glob("cards/*.wav"))
     assert len(clips) == 10
     return clips
 
 
-# -- a tiny world: random models with the real tokenizers, short clips, and every kind of data file ---------------------------
+# -- a tiny world: random models with the real tokenizers, short clips, and every kind of data file
 
 
 def randomize(module, std=0.15):
-    """Every weight away from its trivial start: transformers sets biases to 0 and norms to 1, which would hide a forgotten one."""
+    """Every weight away from its trivial start: transformers sets biases to 0 and norms to 1, which
+    would hide a forgotten one.
+    """
     for name, parameter in module.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm.weight" in name.lower()), std=std)
     return module.eval()
@@ -89,30 +116,51 @@ def read_jsonl(path):
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory, smollm2_folder, tiny_en_folder):
-    """A folder with llm/, whisper/ (which hears 3 s), data/{clips/, train.jsonl, test.jsonl, *.metadata.jsonl} and instructions/.
+    """A folder with llm/, whisper/ (which hears 3 s), data/{clips/, train.jsonl, test.jsonl,
+    *.metadata.jsonl} and instructions/.
 
-    .models: flags for these folders. .rows: the training rows. .adapter: flags for a small Q-Former.
+    .models: flags for these folders. .rows: the training rows. .adapter: flags for a small
+    Q-Former.
     """
     import transformers
 
     folder = tmp_path_factory.mktemp("world")
-    llm, whisper, data, instructions = (folder / name for name in ("llm", "whisper", "data", "instructions"))
+    llm, whisper, data, instructions = (
+        folder / name for name in ("llm", "whisper", "data", "instructions")
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     model = randomize(transformers.LlamaForCausalLM(config))
-    model.model.embed_tokens.weight.data[2] *= 2  # a loud end-of-turn token: answers end, after 4 to 30 tokens
+    model.model.embed_tokens.weight.data[2] *= (
+        2  # a loud end-of-turn token: answers end, after 4 to 30 tokens
+    )
     model.save_pretrained(llm)
     config = transformers.WhisperConfig(
-        vocab_size=51864, num_mel_bins=80, d_model=64, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=96, decoder_layers=2,
+        vocab_size=51864, num_mel_bins=80, d_model=64, encoder_layers=4, encoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_layers=2,
         decoder_attention_heads=4, decoder_ffn_dim=96, max_source_positions=150, max_target_positions=448,
     )  # fmt: skip
     randomize(transformers.WhisperForConditionalGeneration(config)).save_pretrained(whisper)
     for source, target, names in (
-        (smollm2_folder, llm, ("tokenizer.json", "tokenizer_config.json", "generation_config.json")),
-        (tiny_en_folder, whisper, ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")),
+        (
+            smollm2_folder,
+            llm,
+            ("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        ),
+        (
+            tiny_en_folder,
+            whisper,
+            (
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "generation_config.json",
+                "preprocessor_config.json",
+            ),
+        ),
     ):
         for name in names:
             shutil.copy(source / name, target / name)
@@ -125,25 +173,43 @@ def tiny_world(tmp_path_factory, smollm2_folder, tiny_en_folder):
         domain = ("speech", "sound", "music")[i % 3]
         seconds = 1 + 2 * i / 11
         t = np.arange(int(seconds * 16000)) / 16000
-        wave = (domain != "music") * 0.1 * random.standard_normal(len(t)) + (domain != "speech") * 0.3 * np.sin(2 * np.pi * (200 + 100 * i) * t)
+        wave = (domain != "music") * 0.1 * random.standard_normal(len(t)) + (
+            domain != "speech"
+        ) * 0.3 * np.sin(2 * np.pi * (200 + 100 * i) * t)
         soundfile.write(data / f"clips/{i:02d}.wav", wave, 16000)
-        segment = {"start": 0.0, "end": round(seconds, 2), "attributes": {"Pitch": ("low", "high")[i % 2], "Kind": f"kind {i % 4}"}}
+        segment = {
+            "start": 0.0,
+            "end": round(seconds, 2),
+            "attributes": {"Pitch": ("low", "high")[i % 2], "Kind": f"kind {i % 4}"},
+        }
         if domain == "speech":
             segment["text"] = "one two three"[: 3 + 4 * (i % 3)]
-        clips.append({"id": f"clips/{i:02d}.wav", "dataset": "tiny", "domain": domain, "segments": [segment]})
+        clips.append(
+            {"id": f"clips/{i:02d}.wav", "dataset": "tiny", "domain": domain, "segments": [segment]}
+        )
     for domain in ("speech", "sound", "music"):
-        (instructions / f"{domain}.txt").write_text("".join(f"{what} is in this {domain}?\n" for what in ("What", "Which pitch", "What kind")))
+        (instructions / f"{domain}.txt").write_text(
+            "".join(
+                f"{what} is in this {domain}?\n" for what in ("What", "Which pitch", "What kind")
+            )
+        )
 
     def row(i, clip):
-        prompt = ("What is heard?", "Which pitch has it?", "Describe the clip in one sentence.")[i % 3]
-        facts = ", ".join(f"{name}: {value}" for name, value in clip["segments"][0]["attributes"].items())
+        prompt = ("What is heard?", "Which pitch has it?", "Describe the clip in one sentence.")[
+            i % 3
+        ]
+        facts = ", ".join(
+            f"{name}: {value}" for name, value in clip["segments"][0]["attributes"].items()
+        )
         audio = {"audio": clip["id"], "text": " ".join(["la"] * (i % 4)) or " "}
         return {
-            "id": clip["id"], "dataset": "tiny", "seed_description": f"[00:00-00:02] ({facts})", "prompt": prompt,
+            "id": clip["id"], "dataset": "tiny", "seed_description": f"[00:00-00:02] ({facts})",
+            "prompt": prompt,
             "response": f"It is {facts}." * (1 + i % 3),
             "messages": [
                 {"role": "system", "content": "You hear a clip."},
-                {"role": "user", "content": f"<start_audio><|AUDIO|><end_audio>\n\n{prompt}", "audios": [audio]},
+                {"role": "user", "content": f"<start_audio><|AUDIO|><end_audio>\n\n{prompt}",
+                    "audios": [audio]},
             ],
         }  # fmt: skip
 
@@ -159,7 +225,7 @@ def tiny_world(tmp_path_factory, smollm2_folder, tiny_en_folder):
     )  # fmt: skip
 
 
-# -- running the scripts -----------------------------------------------------------------------------------------------------
+# -- running the scripts ---------------------------------------------------------------------------
 
 
 def flags(**settings):
@@ -167,7 +233,8 @@ def flags(**settings):
 
 
 def script(name, *arguments):
-    """What `python NAME ARGUMENTS` does, in this process: saves the seconds that importing torch takes. -> .status .out .err
+    """What `python NAME ARGUMENTS` does, in this process: saves the seconds that importing torch
+    takes. -> .status .out .err
 
     Exceptions come through: a script that would end in a traceback fails the test.
     """
@@ -190,13 +257,30 @@ def script(name, *arguments):
 
 
 def start(*command):
-    """The same in a process of its own, to be killed or to have company. -> Popen; its stdout carries stderr too."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """The same in a process of its own, to be killed or to have company. -> Popen; its stdout
+    carries stderr too.
+    """
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def torchrun(n_processes, *command):
-    """In n_processes under torchrun, in float32; fails the test if it fails or hangs. -> what it printed"""
-    process = start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", "tests/in_float32.py", *command)
+    """In n_processes under torchrun, in float32; fails the test if it fails or hangs. -> what it
+    printed
+    """
+    process = start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={n_processes}",
+        "tests/in_float32.py",
+        *command,
+    )
     try:
         out, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:

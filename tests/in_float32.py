@@ -1,5 +1,6 @@
-"""python tests/in_float32.py SCRIPT --flags: run a script with float32 wherever it would choose bf16, so that runs can be compared to
-rounding error on any machine. Works under torchrun too."""
+"""python tests/in_float32.py SCRIPT --flags: run a script with float32 wherever it would choose
+bf16, so that runs can be compared to rounding error on any machine. Works under torchrun too.
+"""
 
 import runpy
 import sys

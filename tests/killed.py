@@ -1,5 +1,7 @@
-"""Run a script in a fresh child process and SIGKILL it just before its N-th change of a file below a folder: an opening for writing, a renaming,
-a deletion. Children are forked from a server that has imported torch already, which saves most of the time that 80 kills take."""
+"""Run a script in a fresh child process and SIGKILL it just before its N-th change of a file below
+a folder: an opening for writing, a renaming, a deletion. Children are forked from a server that has
+imported torch already, which saves most of the time that 80 kills take.
+"""
 
 import multiprocessing
 import os
@@ -10,11 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["model", "train", "generate_data", "soundfile", "gguf", "espeakng_loader"])
+server.set_forkserver_preload(
+    ["model", "train", "generate_data", "soundfile", "gguf", "espeakng_loader"]
+)
 
 
 def child(command, folder, deadline, said):
-    """What runs in the child. deadline 0: no kill, but the number of changes as the last line of the file `said`."""
+    """What runs in the child. deadline 0: no kill, but the number of changes as the last line of
+    the file `said`.
+    """
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     changes = 0
@@ -25,8 +31,12 @@ def child(command, folder, deadline, said):
             return
         if event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
-        below = isinstance(arguments[0], (str, os.PathLike)) and os.path.abspath(arguments[0]).startswith(folder)
-        if below or event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # rmtree goes by folder handles
+        below = isinstance(arguments[0], (str, os.PathLike)) and os.path.abspath(
+            arguments[0]
+        ).startswith(folder)
+        if (
+            below or event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        ):  # rmtree goes by folder handles
             changes += 1
             if changes == deadline:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -43,7 +53,9 @@ def child(command, folder, deadline, said):
 
 def run(command, folder, said, change=0, after=None):
     """-> the exit code: 0, or -9 where the kill came before the change, or after so many seconds."""
-    process = server.Process(target=child, args=(list(map(str, command)), str(folder), change, str(said)))
+    process = server.Process(
+        target=child, args=(list(map(str, command)), str(folder), change, str(said))
+    )
     process.start()
     process.join(after)
     if process.is_alive():

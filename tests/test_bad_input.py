@@ -1,6 +1,8 @@
-"""Bad input: audio files that are none, JSONL of any bytes, text that would be a turn, absurd settings, model folders that hold programs.
+"""Bad input: audio files that are none, JSONL of any bytes, text that would be a turn, absurd
+settings, model folders that hold programs.
 
-Loaded rightly or refused in one line; one bad file or row never stops a job, and the summary counts it. The slow ones: `bash tests/torture.sh`.
+Loaded rightly or refused in one line; one bad file or row never stops a job, and the summary counts
+it. The slow ones: `bash tests/torture.sh`.
 """
 
 import dataclasses
@@ -33,24 +35,35 @@ from model import AUDIO, AUDIO_ID, DeSTA, audio_slot, audio_windows, build_promp
 from tokenizer import GUARD, Tokenizer
 from whisper import SAMPLE_RATE, Whisper, load_audio
 
-# The same examples in every run: CI must not fail one time in fifty for a rare draw. Raise n to look for more.
-quick = lambda n: settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+# The same examples in every run: CI must not fail one time in fifty for a rare draw. Raise n to
+# look for more.
+quick = lambda n: settings(
+    max_examples=n,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    derandomize=True,
+)
 
 
 @pytest.fixture(scope="module")
 def world(tiny_world):
     """The tiny world with an adapter to evaluate."""
     torch.manual_seed(0)
-    DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, device="cpu", **tiny_world.adapter).save_adapter(tiny_world.folder / "adapter")
+    DeSTA.from_pretrained(
+        tiny_world.llm, tiny_world.whisper, device="cpu", **tiny_world.adapter
+    ).save_adapter(tiny_world.folder / "adapter")
     return tiny_world
 
 
 @pytest.fixture(scope="module")
 def model(world):
-    return DeSTA.from_pretrained(world.llm, world.whisper, world.folder / "adapter", dtype=torch.float32, device="cpu")
+    return DeSTA.from_pretrained(
+        world.llm, world.whisper, world.folder / "adapter", dtype=torch.float32, device="cpu"
+    )
 
 
-# -- audio -----------------------------------------------------------------------------------------------------------------------
+# -- audio -----------------------------------------------------------------------------------------
 
 LOADS, REFUSED, EITHER = "loads", "refused", "either"
 
@@ -59,7 +72,12 @@ def bad_audio(folder):
     """More than 200 files no recorder would make -> [(path, LOADS, REFUSED or EITHER)]"""
     chance, made = random.Random(0), []
     noise = np.random.default_rng(0)
-    tone = lambda seconds, rate, channels=1: 0.3 * np.sin(np.arange(round(seconds * rate))[:, None] * 2000 / rate + 0.1 * np.arange(channels))
+    tone = lambda seconds, rate, channels=1: (
+        0.3
+        * np.sin(
+            np.arange(round(seconds * rate))[:, None] * 2000 / rate + 0.1 * np.arange(channels)
+        )
+    )
 
     def add(name, expected, data=None, samples=None, rate=16000, **how):
         path = folder / name
@@ -71,40 +89,85 @@ def bad_audio(folder):
         return path
 
     # every rate, width and number of channels
-    for n, subtype in enumerate(("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM")):
+    for n, subtype in enumerate(
+        ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM")
+    ):
         for rate in (8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000):
             channels = 1 if subtype == "IMA_ADPCM" else 1 + (n + rate) % 8
-            add(f"{subtype}_{rate}_{channels}.wav", LOADS, samples=tone(0.3, rate, channels), rate=rate, subtype=subtype)
+            add(
+                f"{subtype}_{rate}_{channels}.wav",
+                LOADS,
+                samples=tone(0.3, rate, channels),
+                rate=rate,
+                subtype=subtype,
+            )
     for extension in ("flac", "ogg", "mp3", "aiff", "au", "caf", "w64"):
-        add(f"whole.{extension}", LOADS, samples=tone(0.5, 16000), subtype=None if extension in ("flac", "ogg", "mp3") else "PCM_16")
+        add(
+            f"whole.{extension}",
+            LOADS,
+            samples=tone(0.5, 16000),
+            subtype=None if extension in ("flac", "ogg", "mp3") else "PCM_16",
+        )
     # cut anywhere, header only, nothing, anything
     for extension in ("wav", "flac", "ogg", "mp3", "aiff"):
         whole = folder / f"cut_from.{extension}"
         soundfile.write(whole, 0.1 * noise.standard_normal(16000), 16000)
         data = whole.read_bytes()
         for n in range(8):
-            # What is left of an mp3 or ogg is the clip, if it holds a frame; the others say how long they are, and with half of that they load.
+            # What is left of an mp3 or ogg is the clip, if it holds a frame; the others say how
+            # long they are, and with half of that they load.
             size = chance.randrange(1, len(data) - 2)
             share = size / len(data)
-            unsure = extension in ("mp3", "ogg") or abs(share - 0.5) < 0.02 or extension == "flac" and 0.5 < share < 0.8  # a block of flac is a quarter
-            add(f"cut_{n}.{extension}", EITHER if unsure else LOADS if share > 0.5 else REFUSED, data[:size])
+            unsure = (
+                extension in ("mp3", "ogg")
+                or abs(share - 0.5) < 0.02
+                or extension == "flac"
+                and 0.5 < share < 0.8
+            )  # a block of flac is a quarter
+            add(
+                f"cut_{n}.{extension}",
+                EITHER if unsure else LOADS if share > 0.5 else REFUSED,
+                data[:size],
+            )
             at = chance.randrange(60)
-            add(f"flipped_{n}.{extension}", EITHER, data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :])
+            add(
+                f"flipped_{n}.{extension}",
+                EITHER,
+                data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :],
+            )
         add(f"header.{extension}", REFUSED, data[:44])
         add(f"nothing.{extension}", REFUSED, b"")
         add(f"zeros.{extension}", REFUSED, bytes(5000))
-    for extension in ("wav", "flac", "ogg", "mp3", "aiff", "au", "caf", "w64", "raw", "txt", "none", "WAV"):
+    for extension in (
+        "wav",
+        "flac",
+        "ogg",
+        "mp3",
+        "aiff",
+        "au",
+        "caf",
+        "w64",
+        "raw",
+        "txt",
+        "none",
+        "WAV",
+    ):
         for n in range(2):
             add(f"random_{n}.{extension}", REFUSED, noise.bytes(3000 * (n + 1)))
         add(f"page.{extension}", REFUSED, b"<html>404 not found</html>" * 20)
     # another extension than what is inside
-    wav = (folder / "PCM_16_16000_2.wav").read_bytes() if (folder / "PCM_16_16000_2.wav").exists() else next(folder.glob("PCM_16_16000*")).read_bytes()
+    wav = (
+        (folder / "PCM_16_16000_2.wav").read_bytes()
+        if (folder / "PCM_16_16000_2.wav").exists()
+        else next(folder.glob("PCM_16_16000*")).read_bytes()
+    )
     for extension in ("mp3", "flac", "ogg", "txt", "aiff", "none"):
         add(f"wav_inside.{extension}", LOADS, wav)
     add("wav_inside.raw", REFUSED, wav)
     # odd samples
     for name, samples in dict(
-        one_sample=np.full(1, 0.1), two_samples=np.full(2, 0.1), silence=np.zeros(8000), constant=np.full(8000, 0.5), clipped=np.sign(noise.standard_normal(8000)),
+        one_sample=np.full(1, 0.1), two_samples=np.full(2, 0.1), silence=np.zeros(8000),
+        constant=np.full(8000, 0.5), clipped=np.sign(noise.standard_normal(8000)),
         denormal=np.full(8000, 1e-42), loud=np.full(8000, 1e9),
     ).items():  # fmt: skip
         add(f"{name}.wav", LOADS, samples=samples, subtype="FLOAT")
@@ -116,8 +179,10 @@ def bad_audio(folder):
     add("no_samples.wav", REFUSED, samples=np.zeros(0))
     add("hour.flac", LOADS, samples=np.zeros(3600 * 8000, np.int16), rate=8000)
     # headers that lie
-    header = lambda rate=16000, channels=1, bits=16, size=1000, kind=1: b"RIFF" + struct.pack("<I", 36 + 1000) + b"WAVEfmt " + struct.pack(
-        "<IHHIIHH", 16, kind, channels, rate, 2 * rate % 2**32, 2, bits) + b"data" + struct.pack("<I", size) + bytes(range(250)) * 4  # fmt: skip
+    header = lambda rate=16000, channels=1, bits=16, size=1000, kind=1: b"RIFF" + struct.pack("<I",
+        36 + 1000) + b"WAVEfmt " + struct.pack(
+        "<IHHIIHH", 16, kind, channels, rate, 2 * rate % 2**32, 2,
+        bits) + b"data" + struct.pack("<I", size) + bytes(range(250)) * 4  # fmt: skip
     add("rate_0.wav", REFUSED, header(rate=0))
     add("rate_1.wav", REFUSED, header(rate=1))
     add("rate_max.wav", REFUSED, header(rate=2**31 - 1))
@@ -136,7 +201,16 @@ def bad_audio(folder):
     (folder / "dangling.wav").symlink_to(folder / "nowhere.wav")
     (folder / "device.wav").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.wav")
-    for name in ("folder.wav", "loop.wav", "dangling.wav", "device.wav", "pipe.wav", "x" * 300 + ".wav", "null\0.wav", ""):
+    for name in (
+        "folder.wav",
+        "loop.wav",
+        "dangling.wav",
+        "device.wav",
+        "pipe.wav",
+        "x" * 300 + ".wav",
+        "null\0.wav",
+        "",
+    ):
         made.append((folder / name if "\0" not in name else str(folder / name), REFUSED))
     if os.geteuid() != 0:  # root reads everything
         path = add("unreadable.wav", REFUSED, samples=tone(0.3, 16000))
@@ -153,30 +227,51 @@ def audio(world):
 
 
 def test_two_hundred_bad_audio_files(audio, world):
-    """Every file, its first three seconds and (but for the hour) whole: mono and finite, or one line that names it."""
+    """Every file, its first three seconds and (but for the hour) whole: mono and finite, or one
+    line that names it.
+    """
     assert len(audio) >= 200 and {expected for _, expected in audio} == {LOADS, REFUSED, EITHER}
     results, warnings = {LOADS: 0, REFUSED: 0}, []
     for path, expected in audio:
         for seconds in (3,) if "hour" in str(path) else (3, None):
             begin = time.time()
             try:
-                wave = load_audio(audio_file(path, world.data), seconds, warn=lambda text: warnings.append((path, text)))
+                wave = load_audio(
+                    audio_file(path, world.data),
+                    seconds,
+                    warn=lambda text: warnings.append((path, text)),
+                )
                 found = LOADS
-                assert wave.dtype == torch.float32 and wave.dim() == 1 and wave.isfinite().all() and len(wave) <= 3 * SAMPLE_RATE, path
+                assert (
+                    wave.dtype == torch.float32
+                    and wave.dim() == 1
+                    and wave.isfinite().all()
+                    and len(wave) <= 3 * SAMPLE_RATE
+                ), path
             except (ValueError, OSError) as error:
                 found = REFUSED
-                assert "\n" not in str(error) and (os.path.basename(path)[:50] or "bad") in str(error), error
+                assert "\n" not in str(error) and (os.path.basename(path)[:50] or "bad") in str(
+                    error
+                ), error
             assert expected in (found, EITHER), f"{path}: {found}"
             assert time.time() - begin < 20, path
         results[found] += 1
-        if re.search(r"/([A-Z]\w+)_(\d+)_(\d)\.wav$", str(path)):  # the tone has come through rate, width and channels
+        if re.search(
+            r"/([A-Z]\w+)_(\d+)_(\d)\.wav$", str(path)
+        ):  # the tone has come through rate, width and channels
             n, loudness = len(load_audio(path)), load_audio(path)[100:-100].square().mean().sqrt()
-            assert abs(n - 0.3 * SAMPLE_RATE) < (1200 if "ADPCM" in str(path) else 5), path  # ADPCM is padded to whole blocks
+            assert abs(n - 0.3 * SAMPLE_RATE) < (1200 if "ADPCM" in str(path) else 5), (
+                path
+            )  # ADPCM is padded to whole blocks
             assert loudness > 0.03, path
     assert all("\n" not in text and str(path) in text for path, text in warnings)
     cut = {path.suffix for path, text in warnings if path.name.startswith("cut_")}
-    assert {".wav", ".aiff", ".flac"} <= cut and not [path for path, _ in warnings if (path, LOADS) in audio and "cut_" not in path.name]
-    print(f"\n{len(audio)} files: {results[LOADS]} loaded, {results[REFUSED]} refused, {len(warnings)} warnings")
+    assert {".wav", ".aiff", ".flac"} <= cut and not [
+        path for path, _ in warnings if (path, LOADS) in audio and "cut_" not in path.name
+    ]
+    print(
+        f"\n{len(audio)} files: {results[LOADS]} loaded, {results[REFUSED]} refused, {len(warnings)} warnings"
+    )
 
 
 @pytest.mark.slow
@@ -186,34 +281,60 @@ def test_a_training_row_of_every_bad_file(audio, world, model):
     for row, (path, _) in zip(rows, audio):
         row["messages"][1]["audios"][0]["audio"] = str(path)
     write_jsonl(world.data / "bad.jsonl", rows)
-    dataset = train.Rows(world.data / "bad.jsonl", model.reader, train.Settings(audio_root=str(world.data)))
+    dataset = train.Rows(
+        world.data / "bad.jsonl", model.reader, train.Settings(audio_root=str(world.data))
+    )
     for i, (path, expected) in enumerate(audio):
         row = dataset[i]
         assert expected in (LOADS if "ids" in row else REFUSED, EITHER), path
-        assert "ids" in row and row["mels"][0].isfinite().all() or "\n" not in row["left_out"] and f"bad.jsonl, row {i + 1}: " in row["left_out"]
+        assert (
+            "ids" in row
+            and row["mels"][0].isfinite().all()
+            or "\n" not in row["left_out"]
+            and f"bad.jsonl, row {i + 1}: " in row["left_out"]
+        )
 
 
 @pytest.mark.slow
 def test_jobs_over_all_bad_files(audio, world, tmp_path):
-    """generate_data.py and then train.py over all of them, to the end; counts of made and left out add up to all."""
+    """generate_data.py and then train.py over all of them, to the end; counts of made and left out
+    add up to all.
+    """
     clips = [world.clips[0] | {"id": str(path)} for path, _ in audio]
     out = tmp_path / "rows.jsonl"
-    done = script(*generating(world, out, metadata=write_jsonl(tmp_path / "m.jsonl", clips), per_clip=1, block=64))
+    done = script(
+        *generating(
+            world, out, metadata=write_jsonl(tmp_path / "m.jsonl", clips), per_clip=1, block=64
+        )
+    )
     assert done.status == 0, done.err
     counts = json.loads((tmp_path / "rows.jsonl.info.json").read_text())["counts"]
     refused = sum(expected == REFUSED for _, expected in audio)
-    assert counts["rows"] + counts["skipped"] == len(audio) and refused <= counts["skipped"] <= refused + sum(e == EITHER for _, e in audio)
+    assert counts["rows"] + counts["skipped"] == len(audio) and refused <= counts[
+        "skipped"
+    ] <= refused + sum(e == EITHER for _, e in audio)
     assert f"{counts['skipped']} clips skipped" in done.out and "skipped: " in done.out
     rows = [json.loads(json.dumps(world.rows[0])) for _ in audio]
     for row, (path, _) in zip(rows, audio):
         row["messages"][1]["audios"][0]["audio"] = str(path)
     steps = len(rows) // 8
-    done = script(*training(world, tmp_path / "out", data=write_jsonl(tmp_path / "t.jsonl", rows), global_batch=8, max_steps=steps, max_skipped=9))
+    done = script(
+        *training(
+            world,
+            tmp_path / "out",
+            data=write_jsonl(tmp_path / "t.jsonl", rows),
+            global_batch=8,
+            max_steps=steps,
+            max_skipped=9,
+        )
+    )
     assert done.status == 0, done.err
     assert len(re.findall(r"warning: row left out: .*t.jsonl, row \d+: ", done.err)) == 3
     n = int(re.search(r"(\d+) rows left out", done.err)[1])
     assert refused - 8 <= n <= counts["skipped"]
-    print(f"\n{len(audio)} clips: generate_data.py {counts}; train.py {n} of {8 * steps} rows left out")
+    print(
+        f"\n{len(audio)} clips: generate_data.py {counts}; train.py {n} of {8 * steps} rows left out"
+    )
 
 
 def test_one_bad_clip_does_not_stop_an_evaluation(world, tmp_path):
@@ -223,33 +344,67 @@ def test_one_bad_clip_does_not_stop_an_evaluation(world, tmp_path):
     shutil.copy(world.data / "test.metadata.jsonl", tmp_path)
     done = script(*evaluating(world, tmp_path / "p.jsonl", data=tmp_path / "test.jsonl", block=6))
     assert done.status == 0, done.err
-    assert "2 of 6 rows could not be answered and are not scored: row" in done.out  # itself, and the row whose wrong clip it is
+    assert (
+        "2 of 6 rows could not be answered and are not scored: row" in done.out
+    )  # itself, and the row whose wrong clip it is
     summary = json.loads(done.out.splitlines()[-1])
-    assert summary["n"] == 4 and summary["failed"] == 2 and len(read_jsonl(tmp_path / "p.jsonl")) == 4
+    assert (
+        summary["n"] == 4 and summary["failed"] == 2 and len(read_jsonl(tmp_path / "p.jsonl")) == 4
+    )
     assert len(json.loads((tmp_path / "p.jsonl.info.json").read_text())["failed"]) == 2
 
 
-# -- JSONL ----------------------------------------------------------------------------------------------------------------------------
+# -- JSONL -----------------------------------------------------------------------------------------
 
 
 @quick(300)
-@given(st.binary(max_size=300) | st.lists(st.sampled_from([b"{", b"}", b"\n", b"\r\n", b'"a"', b":", b"1", b"[", b"\xff", b"\x00", b"\\ud800", b'{"a": 1}'])).map(b"".join))
+@given(
+    st.binary(max_size=300)
+    | st.lists(
+        st.sampled_from(
+            [
+                b"{",
+                b"}",
+                b"\n",
+                b"\r\n",
+                b'"a"',
+                b":",
+                b"1",
+                b"[",
+                b"\xff",
+                b"\x00",
+                b"\\ud800",
+                b'{"a": 1}',
+            ]
+        )
+    ).map(b"".join)
+)
 def test_any_bytes_are_rows_or_one_line(tmp_path_factory, data):
     (path := tmp_path_factory.getbasetemp() / "any.jsonl").write_bytes(data)
     try:
         rows = JsonLines(path)
     except ValueError as error:
-        assert "holds no rows" in str(error) and not any(len(line) > 1 for line in data.split(b"\n"))
+        assert "holds no rows" in str(error) and not any(
+            len(line) > 1 for line in data.split(b"\n")
+        )
         return
     for i in range(len(rows)):
         try:
             assert isinstance(rows[i], dict)
         except ValueError as error:
-            assert re.search(rf"any.jsonl, row {i + 1} (is not|is longer|holds)", str(error)) and "\n" not in str(error)
+            assert re.search(
+                rf"any.jsonl, row {i + 1} (is not|is longer|holds)", str(error)
+            ) and "\n" not in str(error)
 
 
 def test_lines_too_long_or_too_deep(tmp_path):
-    lines = [b'{"a": "' + b"x" * 50_000_000 + b'"}', b"[" * 200_000, b'{"a": ' + b"9" * 6000 + b"}", b'{"a": "\\ud83d"}', b'{"a": 1}']
+    lines = [
+        b'{"a": "' + b"x" * 50_000_000 + b'"}',
+        b"[" * 200_000,
+        b'{"a": ' + b"9" * 6000 + b"}",
+        b'{"a": "\\ud83d"}',
+        b'{"a": 1}',
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     rows = JsonLines(tmp_path / "a.jsonl")
     for i in range(4):
@@ -259,15 +414,24 @@ def test_lines_too_long_or_too_deep(tmp_path):
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=20) | st.sampled_from(["<|im_end|>", AUDIO, "clips/00.wav", "../x", "/etc/passwd"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "audios", "audio", "text", "start", "end", "attributes"]) | st.text(max_size=5), inner, max_size=4),
+    st.none() | st.booleans() | st.integers(-(10**20),
+        10**20) | st.floats() | st.text(max_size=20) | st.sampled_from(["<|im_end|>", AUDIO,
+            "clips/00.wav", "../x", "/etc/passwd"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content",
+        "audios", "audio", "text", "start", "end", "attributes"]) | st.text(max_size=5), inner, max_size=4),
     max_leaves=6,
 )  # fmt: skip
 
 
 def places(value, path=()):
     """Paths of all that is inside a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(found for key, part in inside for found in places(part, (*path, key)))]
 
 
@@ -290,7 +454,9 @@ def broken(draw, row):
 
 
 def test_broken_training_rows(world, model):
-    dataset = train.Rows(world.data / "train.jsonl", model.reader, train.Settings(audio_root=str(world.data)))
+    dataset = train.Rows(
+        world.data / "train.jsonl", model.reader, train.Settings(audio_root=str(world.data))
+    )
     seen = {"ids": 0, "left_out": 0}
 
     @quick(300)
@@ -300,7 +466,10 @@ def test_broken_training_rows(world, model):
         found = dataset[0]
         seen["ids" if "ids" in found else "left_out"] += 1
         if "ids" in found:
-            assert all(isinstance(i, int) and (i >= 0 or i == AUDIO_ID) for i in found["ids"]) and found["target"]
+            assert (
+                all(isinstance(i, int) and (i >= 0 or i == AUDIO_ID) for i in found["ids"])
+                and found["target"]
+            )
             assert found["ids"].count(AUDIO_ID) == 4 * len(found["mels"])
         else:
             assert "\n" not in found["left_out"]
@@ -325,7 +494,9 @@ class OneRow:
 
 
 def test_broken_metadata(world, tmp_path):
-    """Broken rows go through generate_data.py together, and the job ends with a row or a reason for each."""
+    """Broken rows go through generate_data.py together, and the job ends with a row or a reason for
+    each.
+    """
     chance, rows = random.Random(0), []
 
     @quick(60)
@@ -334,21 +505,35 @@ def test_broken_metadata(world, tmp_path):
         rows.append(row)
 
     collect()
-    rows += [world.clips[0] | {"segments": [{"start": 0, "end": end}]} for end in (math.nan, math.inf, -1, "1", None, 1e308)]
-    rows += [world.clips[0] | {"segments": [{"start": 0, "end": 1, "text": "word " * 3000}]}, *world.clips[:6]]
+    rows += [
+        world.clips[0] | {"segments": [{"start": 0, "end": end}]}
+        for end in (math.nan, math.inf, -1, "1", None, 1e308)
+    ]
+    rows += [
+        world.clips[0] | {"segments": [{"start": 0, "end": 1, "text": "word " * 3000}]},
+        *world.clips[:6],
+    ]
     lines = [json.dumps(row) for row in rows] + ['{"id": "\\ud800"}']
     chance.shuffle(lines)
     (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n")
     out = tmp_path / "rows.jsonl"
-    done = script(*generating(world, out, metadata=tmp_path / "m.jsonl", per_clip=1, block=100, max_new_tokens=2))
+    done = script(
+        *generating(
+            world, out, metadata=tmp_path / "m.jsonl", per_clip=1, block=100, max_new_tokens=2
+        )
+    )
     assert done.status == 0, done.err
     counts = json.loads((tmp_path / "rows.jsonl.info.json").read_text())
     n_lines = sum(bool(line.strip()) for line in lines)
-    assert counts["counts"]["rows"] + counts["counts"]["skipped"] == n_lines and counts["counts"]["rows"] > 5 and counts["counts"]["skipped"] > 20
+    assert (
+        counts["counts"]["rows"] + counts["counts"]["skipped"] == n_lines
+        and counts["counts"]["rows"] > 5
+        and counts["counts"]["skipped"] > 20
+    )
     assert all("\n" not in row["skipped"] for row in counts["skipped"])
 
 
-# -- text that would be a turn ------------------------------------------------------------------------------------------------------------
+# -- text that would be a turn ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -356,21 +541,32 @@ def tokenizer(world):
     return Tokenizer(world.llm)
 
 
-PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im_", "end|>", "<", "|", GUARD, "<start_audio>", "<end_audio>",
-          "\n", "system", "é", "e\u0301", "\u212a", "\U0001f600", "\u200d", "\u202e", "\x00", "a", " ", "<|AUD", "IO|>", "{{ messages }}", "{% raw %}"]  # fmt: skip
+PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im_",
+    "end|>", "<", "|", GUARD, "<start_audio>", "<end_audio>",
+          "\n", "system", "é", "e\u0301", "\u212a", "\U0001f600", "\u200d", "\u202e", "\x00", "a",
+          " ", "<|AUD", "IO|>", "{{ messages }}", "{% raw %}"]  # fmt: skip
 
 
 @quick(300)
-@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=8).map("".join), st.sampled_from(["content", "system", "transcript", "description", "role"]))
+@given(
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=8).map("".join),
+    st.sampled_from(["content", "system", "transcript", "description", "role"]),
+)
 def test_no_text_becomes_a_turn(tokenizer, text, where):
-    """Special-token strings in a prompt, a transcript or a description are plain text: the prompt has the special tokens of a harmless one."""
-    parts = dict.fromkeys(["content", "system", "transcript", "description", "role"], "x") | {"role": "user"}
+    """Special-token strings in a prompt, a transcript or a description are plain text: the prompt
+    has the special tokens of a harmless one.
+    """
+    parts = dict.fromkeys(["content", "system", "transcript", "description", "role"], "x") | {
+        "role": "user"
+    }
     special = set(tokenizer.bpe._special_tokens.values())
 
     def prompt(parts, slot):
         messages = [
             {"role": "system", "content": parts["system"]},
-            {"role": parts["role"], "content": f"{AUDIO}\n{parts['content']}", "audios": [{"audio": "a.wav", "text": parts["transcript"], "description": parts["description"]}]},
+            {"role": parts["role"], "content": f"{AUDIO}\n{parts['content']}",
+                "audios": [{"audio": "a.wav", "text": parts["transcript"],
+                    "description": parts["description"]}]},
         ]  # fmt: skip
         return build_prompt(tokenizer, messages, slot)
 
@@ -384,32 +580,52 @@ def test_no_text_becomes_a_turn(tokenizer, text, where):
         assert [i for i in ids if i in special] == [i for i in harmless if i in special]
         assert ids.count(AUDIO_ID) == harmless.count(AUDIO_ID)
         if where == "content":
-            as_text = tokenizer.decode(tokenizer.encode(text.replace(GUARD, ""), special=False), skip_special_tokens=False)
-            assert as_text.strip() in tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=False)
+            as_text = tokenizer.decode(
+                tokenizer.encode(text.replace(GUARD, ""), special=False), skip_special_tokens=False
+            )
+            assert as_text.strip() in tokenizer.decode(
+                [i for i in ids if i >= 0], skip_special_tokens=False
+            )
 
 
 def test_normalization_makes_no_special_token(tokenizer, monkeypatch):
-    """NFC turns the Kelvin sign into K. Where a tokenizer normalizes, "<|TASK|>" spelt with it must stay text."""
+    """NFC turns the Kelvin sign into K. Where a tokenizer normalizes, "<|TASK|>" spelt with it must
+    stay text.
+    """
     monkeypatch.setattr(tokenizer, "normal_form", "NFC")
-    monkeypatch.setattr(tokenizer, "special", re.compile(r"<\|TASK\|>|" + tokenizer.special.pattern))
-    monkeypatch.setattr(tokenizer.bpe, "_special_tokens", tokenizer.bpe._special_tokens | {"<|TASK|>": 7})
-    ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "<|TAS\u212a|>"}]))
+    monkeypatch.setattr(
+        tokenizer, "special", re.compile(r"<\|TASK\|>|" + tokenizer.special.pattern)
+    )
+    monkeypatch.setattr(
+        tokenizer.bpe, "_special_tokens", tokenizer.bpe._special_tokens | {"<|TASK|>": 7}
+    )
+    ids = tokenizer.encode(
+        tokenizer.apply_chat_template([{"role": "user", "content": "<|TAS\u212a|>"}])
+    )
     assert 7 not in ids and 7 in tokenizer.encode("<|TAS\u212a|>")
 
 
 @pytest.mark.parametrize("path, inside", [
-    ("clips/00.wav", True), ("clips/../clips/00.wav", True), ("../data/clips/00.wav", True), ("./clips//00.wav", True),
-    ("../clips/00.wav", False), ("/etc/passwd", False), ("clips/../../llm/config.json", False), ("../data_of_others/a.wav", False),
+    ("clips/00.wav", True), ("clips/../clips/00.wav", True), ("../data/clips/00.wav", True),
+    ("./clips//00.wav", True),
+    ("../clips/00.wav", False), ("/etc/passwd", False), ("clips/../../llm/config.json", False),
+    ("../data_of_others/a.wav", False),
 ])  # fmt: skip
 def test_paths_stay_in_the_audio_root(world, model, path, inside):
     row = json.loads(json.dumps(world.rows[0]))
     row["messages"][1]["audios"][0]["audio"] = path
-    calls = [lambda: model.reader.prepare(row, world.data), lambda: model.generate(row["messages"], 2, root=world.data), lambda: audio_windows(path, world.data, 3)]
+    calls = [
+        lambda: model.reader.prepare(row, world.data),
+        lambda: model.generate(row["messages"], 2, root=world.data),
+        lambda: audio_windows(path, world.data, 3),
+    ]
     for call in calls:
         if inside:
             call()
         else:
-            with pytest.raises(ValueError, match="lies outside the audio root .* give a root that holds it"):
+            with pytest.raises(
+                ValueError, match="lies outside the audio root .* give a root that holds it"
+            ):
                 call()
     if path == "clips/00.wav":  # an absolute path inside the root, and / for a root: allowed
         for root in (world.data, "/"):
@@ -417,23 +633,47 @@ def test_paths_stay_in_the_audio_root(world, model, path, inside):
         assert len(load_audio(audio_file(world.data / path))) > 1000
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
-SCRIPTS = {"train.py": (train.Settings, training), "generate_data.py": (generate_data.Settings, generating), "eval.py": (eval_script.Settings, evaluating)}
-ABSURD = ["x", "", "-2", "-1", "0", "0.5", "1e400", "nan", "-inf", str(10**9), str(10**30), "1e-30", "\udcff"]
+SCRIPTS = {
+    "train.py": (train.Settings, training),
+    "generate_data.py": (generate_data.Settings, generating),
+    "eval.py": (eval_script.Settings, evaluating),
+}
+ABSURD = [
+    "x",
+    "",
+    "-2",
+    "-1",
+    "0",
+    "0.5",
+    "1e400",
+    "nan",
+    "-inf",
+    str(10**9),
+    str(10**30),
+    "1e-30",
+    "\udcff",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_settings_are_in_range_or_one_line(name, capsys):
-    """All flags with all absurd values: what argparse lets through is finite and in the range that the help promises."""
+    """All flags with all absurd values: what argparse lets through is finite and in the range that
+    the help promises.
+    """
     cls, refused = SCRIPTS[name][0], 0
     for field in dataclasses.fields(cls):
         for value in ABSURD:
             try:
-                found = getattr(run.parse_settings(cls, "", [f"--{field.name}={value}"]), field.name)
+                found = getattr(
+                    run.parse_settings(cls, "", [f"--{field.name}={value}"]), field.name
+                )
                 low, high = field.metadata["range"]
-                assert isinstance(field.default, str) or low <= found <= high or found == field.default
+                assert (
+                    isinstance(field.default, str) or low <= found <= high or found == field.default
+                )
                 capsys.readouterr()
             except SystemExit as end:
                 (line,) = capsys.readouterr().err.strip().splitlines()
@@ -447,7 +687,11 @@ def flag_cases():
         for field in dataclasses.fields(cls):
             low, high = field.metadata["range"]
             kind = type(field.default)
-            values = ["", "nowhere/at/all", "\0", "x" * 5000] if kind is str else [kind(low), kind(min(high, 10**9))] + [1e-30] * (kind is float)
+            values = (
+                ["", "nowhere/at/all", "\0", "x" * 5000]
+                if kind is str
+                else [kind(low), kind(min(high, 10**9))] + [1e-30] * (kind is float)
+            )
             for value in values:
                 if "\0" not in str(value):
                     yield name, field.name, value
@@ -455,7 +699,9 @@ def flag_cases():
 
 @pytest.mark.slow
 def test_every_flag_at_its_limits(world, tmp_path):
-    """Smallest and largest allowed value of each flag, and strings that name nothing: the script does its work, or ends in one clear line."""
+    """Smallest and largest allowed value of each flag, and strings that name nothing: the script
+    does its work, or ends in one clear line.
+    """
     statuses = {}
     for n, (name, flag, value) in enumerate(flag_cases()):
         out = tmp_path / str(n) / "out"
@@ -463,7 +709,11 @@ def test_every_flag_at_its_limits(world, tmp_path):
         settings = quickly | {flag: value}
         if name == "train.py" and flag in ("epochs", "max_steps") and value != "" and value > 100:
             continue  # allowed, and long
-        if flag == "standardize" or name == "train.py" and flag not in ("eval_data", "eval_rows", "eval_every"):
+        if (
+            flag == "standardize"
+            or name == "train.py"
+            and flag not in ("eval_data", "eval_rows", "eval_every")
+        ):
             settings = dict(eval_data="") | settings
         begin = time.time()
         if flag == "out":
@@ -474,13 +724,19 @@ def test_every_flag_at_its_limits(world, tmp_path):
             line = one_line(done, "error: ")
             assert len(line) < 6000, line
         statuses.setdefault(done.status, []).append(f"{name} --{flag} {str(value)[:20]}")
-    print(f"\n{sum(map(len, statuses.values()))} runs; ended well: {len(statuses[0])}; refused: {[s for k, v in statuses.items() if k for s in v]}")
+    print(
+        f"\n{sum(map(len, statuses.values()))} runs; ended well: {len(statuses[0])}; "
+        f"refused: {[s for k, v in statuses.items() if k for s in v]}"
+    )
 
 
 @pytest.mark.parametrize("out", ["", ".", "below/.."])
 def test_training_into_the_current_folder_is_refused(world, tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
-    one_line(script(*training(world, out)), rf"^error: --out '{out}' is the current folder: name one for this run$")
+    one_line(
+        script(*training(world, out)),
+        rf"^error: --out '{out}' is the current folder: name one for this run$",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -489,7 +745,10 @@ def test_gpus_asked_for_but_absent(world, tmp_path, monkeypatch):
         pytest.skip("there is a GPU")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for name, (_, command) in SCRIPTS.items():
-        one_line(script(*command(world, tmp_path / name)), "CUDA_VISIBLE_DEVICES=0,1 asks for a GPU, and torch finds none")
+        one_line(
+            script(*command(world, tmp_path / name)),
+            "CUDA_VISIBLE_DEVICES=0,1 asks for a GPU, and torch finds none",
+        )
 
 
 def test_no_rows_and_one_row(world, tmp_path):
@@ -498,15 +757,30 @@ def test_no_rows_and_one_row(world, tmp_path):
     write_jsonl(tmp_path / "one.metadata.jsonl", world.clips[:1])
     one_line(script(*training(world, tmp_path / "a", data=empty)), "empty.jsonl holds no rows")
     one_line(script(*training(world, tmp_path / "a", eval_data=empty)), "empty.jsonl holds no rows")
-    one_line(script(*generating(world, tmp_path / "a", metadata=empty)), "empty.jsonl holds no rows")
+    one_line(
+        script(*generating(world, tmp_path / "a", metadata=empty)), "empty.jsonl holds no rows"
+    )
     one_line(script(*evaluating(world, tmp_path / "a", data=empty)), "no rows|is missing")
-    done = script(*training(world, tmp_path / "b", data=one, eval_data=one, global_batch=1, micro_batch=1, max_steps=1))
+    done = script(
+        *training(
+            world,
+            tmp_path / "b",
+            data=one,
+            eval_data=one,
+            global_batch=1,
+            micro_batch=1,
+            max_steps=1,
+        )
+    )
     assert done.status == 0, done.err
     done = script(*generating(world, tmp_path / "c", limit=1))
     assert done.status == 0, done.err
     done = script(*evaluating(world, tmp_path / "d", data=one))
     assert done.status == 0 and json.loads(done.out.splitlines()[-1])["n"] == 1, done.err
-    one_line(script(*generating(world, tmp_path / "e", audio_root=tmp_path)), "no clip gave a row.* is --audio_root right")
+    one_line(
+        script(*generating(world, tmp_path / "e", audio_root=tmp_path)),
+        "no clip gave a row.* is --audio_root right",
+    )
     assert not (tmp_path / "e").exists()
 
 
@@ -520,12 +794,18 @@ def test_more_ranks_than_rows(world, tmp_path):
     write_jsonl(tmp_path / "test.metadata.jsonl", world.clips[:1])
     torchrun(2, *evaluating(world, tmp_path / "p.jsonl", data=tmp_path / "test.jsonl"))
     assert len(read_jsonl(tmp_path / "p.jsonl")) == 1
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *training(world, tmp_path / "t", data=tmp_path / "test.jsonl"))
+    process = start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *training(world, tmp_path / "t", data=tmp_path / "test.jsonl"),
+    )
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "has 1 rows, fewer than one global batch of 4" in said
 
 
-# -- model folders ------------------------------------------------------------------------------------------------------------------------
+# -- model folders ---------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -537,7 +817,9 @@ class Bomb:
 
 
 def test_nothing_in_a_model_folder_is_executed(world, tmp_path):
-    """A pickle and python files that make a folder when they are run, where hubs put such things: they are not even opened."""
+    """A pickle and python files that make a folder when they are run, where hubs put such things:
+    they are not even opened.
+    """
     llm, exploded = shutil.copytree(world.llm, tmp_path / "llm"), tmp_path / "exploded"
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
         (llm / name).write_bytes(pickle.dumps(Bomb(exploded)))
@@ -548,8 +830,13 @@ def test_nothing_in_a_model_folder_is_executed(world, tmp_path):
         (llm / name).write_text(f"import os; os.mkdir({str(exploded)!r})")
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((llm / name).read_text())
-        classes = {"AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["tokenization_x.X", None]}
-        (llm / name).write_text(json.dumps(content | {"auto_map": classes, "trust_remote_code": True}))
+        classes = {
+            "AutoModelForCausalLM": "modeling_x.X",
+            "AutoTokenizer": ["tokenization_x.X", None],
+        }
+        (llm / name).write_text(
+            json.dumps(content | {"auto_map": classes, "trust_remote_code": True})
+        )
     shutil.copytree(llm, whisper := tmp_path / "whisper", ignore=lambda *_: ["model.safetensors"])
     shutil.copytree(world.whisper, whisper, dirs_exist_ok=True)
     DeSTA.from_pretrained(llm, whisper, device="cpu")
@@ -564,11 +851,22 @@ def test_nothing_in_a_model_folder_is_executed(world, tmp_path):
 
 def test_sources_read_no_pickles_and_run_no_text():
     """The words for it do not occur: torch.load, pickle, eval(), exec(), trust_remote_code, yaml."""
-    forbidden = re.compile(r"torch\.load|pickle|(?<![\w.])eval\(|(?<![\w.])exec\(|trust_remote_code|yaml|os\.system|shell=True")
-    files = [*ROOT.glob("*.py"), *(file for folder in ("engine", "benchmarks", "demo", "tools") for file in ROOT.glob(f"{folder}/**/*.py"))]
+    forbidden = re.compile(
+        r"torch\.load|pickle|(?<![\w.])eval\(|(?<![\w.])exec\(|trust_remote_code|yaml|os\.system|shell=True"
+    )
+    files = [
+        *ROOT.glob("*.py"),
+        *(
+            file
+            for folder in ("engine", "benchmarks", "demo", "tools")
+            for file in ROOT.glob(f"{folder}/**/*.py")
+        ),
+    ]
     assert len(files) > 15
     for file in files:
-        assert not (found := forbidden.findall(file.read_text(encoding="utf-8"))), f"{file}: {found}"
+        assert not (found := forbidden.findall(file.read_text(encoding="utf-8"))), (
+            f"{file}: {found}"
+        )
 
 
 @pytest.mark.parametrize("template", [
@@ -595,10 +893,14 @@ def test_chat_templates_cannot_leave_the_sandbox(world, tmp_path, template):
 
 
 def test_lost_output_is_named(tmp_path):
-    """checkpoint.write_atomically names the file and keeps the old one, whatever part of the path is in the way."""
+    """checkpoint.write_atomically names the file and keeps the old one, whatever part of the path
+    is in the way.
+    """
     (tmp_path / "file").write_text("old")
     for path in (tmp_path / "file/below", tmp_path / ("x" * 300)):
         with pytest.raises(OSError, match=re.escape(str(path)[:60]) + ".* cannot be written"):
             checkpoint.write_text(path, "new")
     checkpoint.write_text(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
+        "file"
+    ]

@@ -1,11 +1,24 @@
-"""tools/bench.py: every comparison runs, both sides agree (bench.py asserts it in float32), and the last line is one JSON object."""
+"""tools/bench.py: every comparison runs, both sides agree (bench.py asserts it in float32), and the
+last line is one JSON object.
+"""
 
 import json
 
 import pytest
 from conftest import flags, script, torchrun
 
-RANDOM = ["--llm", "random:tiny", "--whisper", "random:tiny-whisper", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
+RANDOM = [
+    "--llm",
+    "random:tiny",
+    "--whisper",
+    "random:tiny-whisper",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--repeats",
+    "1",
+]
 TINY = {
     "generate": ["--rows", 9, "--batches", "2,4", "--peer_batches", "4", "--max_new_tokens", 20],
     "train": ["--batches", "2"],
@@ -19,7 +32,10 @@ TINY = {
 def results(tmp_path_factory):
     """{name: (its JSON line, what it printed)}, run once each"""
     out = tmp_path_factory.mktemp("bench") / "bench.jsonl"
-    done = {name: script("tools/bench.py", name, *RANDOM, "--out", out, *more) for name, more in TINY.items()}
+    done = {
+        name: script("tools/bench.py", name, *RANDOM, "--out", out, *more)
+        for name, more in TINY.items()
+    }
     assert all(d.status == 0 for d in done.values()), {name: d.err for name, d in done.items()}
     return {name: json.loads(d.out.splitlines()[-1]) for name, d in done.items()} | {"file": out}
 
@@ -28,38 +44,73 @@ def test_both_sides_are_timed(results):
     for name in ("generate", "train", "encode"):
         r = results[name]
         assert r["bench"] == name and r["dtype"] == "torch.float32"
-        assert r["ratio"] == pytest.approx(r["peer_seconds"] / r["ours_seconds"], rel=1e-6)  # one turn: the median ratio is its ratio
+        assert r["ratio"] == pytest.approx(
+            r["peer_seconds"] / r["ours_seconds"], rel=1e-6
+        )  # one turn: the median ratio is its ratio
         assert r["ours_warm_up"] > 0 and r["cpu_ratio"] > 0 and r["ceiling_flops"] > 1e8
 
 
 def test_generate_counts_what_was_done(results):
     r = results["generate"]
-    assert r["same_answers"] == 1 and r["rows"] == 9 and r["ours_batch"] in (2, 4) and r["peer_batch"] == 4
-    assert 9 <= r["new_tokens"] <= 9 * 20 and r["shared_prefix"] >= 25 and 9 * 30 <= r["prompt_tokens"] <= 9 * 200
+    assert (
+        r["same_answers"] == 1
+        and r["rows"] == 9
+        and r["ours_batch"] in (2, 4)
+        and r["peer_batch"] == 4
+    )
+    assert (
+        9 <= r["new_tokens"] <= 9 * 20
+        and r["shared_prefix"] >= 25
+        and 9 * 30 <= r["prompt_tokens"] <= 9 * 200
+    )
     assert 0 < r["fraction_of_floor"] < 1
 
 
 def test_train_step_agrees_with_the_official_composition(results):
     r = results["train"]
     assert abs(r["losses"][0] - r["losses"][1]) < 1e-4 and r["losses"][0] > 1
-    assert r["peer_peak_bytes"] > 0 and r["ours_peak_bytes"] >= 0 and 0 < r["mfu"] < 1  # which is larger shows at the real size, below
+    assert (
+        r["peer_peak_bytes"] > 0 and r["ours_peak_bytes"] >= 0 and 0 < r["mfu"] < 1
+    )  # which is larger shows at the real size, below
 
 
 @pytest.mark.slow
-def test_train_step_takes_less_memory_than_the_official_composition(smollm2_folder, tiny_en_folder, tmp_path):
-    done = script("tools/bench.py", "train", *flags(llm=smollm2_folder, whisper=tiny_en_folder, batches=4, repeats=1, out=tmp_path / "bench.jsonl"))
+def test_train_step_takes_less_memory_than_the_official_composition(
+    smollm2_folder, tiny_en_folder, tmp_path
+):
+    done = script(
+        "tools/bench.py",
+        "train",
+        *flags(
+            llm=smollm2_folder,
+            whisper=tiny_en_folder,
+            batches=4,
+            repeats=1,
+            out=tmp_path / "bench.jsonl",
+        ),
+    )
     r = json.loads(done.out.splitlines()[-1])
-    assert abs(r["losses"][0] - r["losses"][1]) < 1e-2 * r["losses"][0] and r["peer_peak_bytes"] > 1.2 * r["ours_peak_bytes"] > 1e8
+    assert (
+        abs(r["losses"][0] - r["losses"][1]) < 1e-2 * r["losses"][0]
+        and r["peer_peak_bytes"] > 1.2 * r["ours_peak_bytes"] > 1e8
+    )
 
 
 def test_data(results):
-    assert all(results["audio"][name]["times_real_time"] > 1 for name in ("16000.wav", "44100.mp3", "44101.wav"))
+    assert all(
+        results["audio"][name]["times_real_time"] > 1
+        for name in ("16000.wav", "44100.mp3", "44101.wav")
+    )
 
 
 def test_growth_is_drawn(results, tmp_path):
     assert {p["axis"] for p in results["growth"]["points"]} == {"batch", "prompt length", "rows"}
-    done = script("tools/plot.py", "--speed", results["file"], "--out", tmp_path / "new" / "speed.svg")
-    assert done.status == 0 and "</svg>" in (tmp_path / "new" / "speed.svg").read_text(encoding="utf-8"), done.err
+    done = script(
+        "tools/plot.py", "--speed", results["file"], "--out", tmp_path / "new" / "speed.svg"
+    )
+    assert done.status == 0 and "</svg>" in (tmp_path / "new" / "speed.svg").read_text(
+        encoding="utf-8"
+    ), done.err
 
 
 @pytest.mark.parametrize("name", ["generate", "train"])
@@ -76,7 +127,8 @@ def test_two_processes_share_our_side(name, results, tmp_path):
 
 @pytest.mark.slow
 def test_load_in_fresh_processes(tiny_world):
-    done = script("tools/bench.py", "load", "--llm", tiny_world.llm, "--whisper", tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
+    done = script("tools/bench.py", "load", "--llm", tiny_world.llm, "--whisper",
+        tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
                   "--device", "cpu", "--out", tiny_world.folder / "bench.jsonl")  # fmt: skip
     seconds = json.loads(done.out.splitlines()[-1])["seconds"]
     assert 0 < seconds["torch alone"] < seconds["peer"] and seconds["ours"] > 0

@@ -1,6 +1,8 @@
-"""corpora.py: the layouts of the corpora in miniature, what is left out and why, the splits; and four real corpora in full.
+"""corpora.py: the layouts of the corpora in miniature, what is left out and why, the splits; and
+four real corpora in full.
 
-The real ones lie in the folder that the environment variable CORPORA names; without it those tests are skipped.
+The real ones lie in the folder that the environment variable CORPORA names; without it those tests
+are skipped.
 """
 
 import collections
@@ -18,16 +20,22 @@ from conftest import read_jsonl, script
 import corpora
 
 REAL = os.environ.get("CORPORA")
-needs_real = pytest.mark.skipif(not REAL, reason="CORPORA does not name the folder of the four real corpora")
+needs_real = pytest.mark.skipif(
+    not REAL, reason="CORPORA does not name the folder of the four real corpora"
+)
 
 
 def noise(path, seed=None, seconds=0.5, rate=16000, silent=False, like=None):
     """Write a sound file of its own (by the path's name), in whatever format the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if like is None:
-        random = np.random.default_rng(sum(map(ord, str(path))) * 31 + len(str(path)) if seed is None else seed)
+        random = np.random.default_rng(
+            sum(map(ord, str(path))) * 31 + len(str(path)) if seed is None else seed
+        )
         # Noise whose loudness changes all the time: plain noise sounds alike everywhere.
-        envelope = np.repeat(random.uniform(0, 1, int(seconds * 20) + 1), rate // 20)[: int(seconds * rate)]
+        envelope = np.repeat(random.uniform(0, 1, int(seconds * 20) + 1), rate // 20)[
+            : int(seconds * rate)
+        ]
         like = 0.3 * envelope * random.standard_normal(len(envelope)) * (not silent)
     samples = (32767 * np.clip(like, -1, 1)).astype(np.int16)  # the same values in wav and flac
     soundfile.write(path, samples, rate)
@@ -51,7 +59,7 @@ def read(name, folder, **options):
     return found, {reason: sorted(clips) for reason, clips in skipped.items()}
 
 
-# -- the documented layouts, in miniature ------------------------------------------------------------------------------------
+# -- the documented layouts, in miniature ----------------------------------------------------------
 
 
 def test_animals(tmp_path):
@@ -59,7 +67,8 @@ def test_animals(tmp_path):
         noise(tmp_path / f"{name}.wav")
     found, skipped = read("animals", tmp_path)
     assert {id: attributes for id, (_, _, attributes) in found.items()} == {
-        "Aslan/aslan_1.wav": {"Animal": "lion"}, "Kedi-Part1/cat_2.wav": {"Animal": "cat"}, "Kedi-Part2/cat_100.wav": {"Animal": "cat"},
+        "Aslan/aslan_1.wav": {"Animal": "lion"}, "Kedi-Part1/cat_2.wav": {"Animal": "cat"},
+        "Kedi-Part2/cat_100.wav": {"Animal": "cat"},
     }  # fmt: skip
     assert skipped == {"unlabelled": ["Zebra/zebra_1.wav"]}
 
@@ -69,20 +78,42 @@ def test_emodb(tmp_path):
         noise(tmp_path / f"wav/{name}.wav")
     found, skipped = read("emodb", tmp_path)
     assert found == {
-        "wav/03a01Fa.wav": ("train", "Der Lappen liegt auf dem Eisschrank.", {"Emotion": "Happy", "Gender": "Male"}),
-        "wav/08b09Wb.wav": ("train", "Ich will das eben wegbringen und dann mit Karl was trinken gehen.", {"Emotion": "Angry", "Gender": "Female"}),
-        "wav/15a02Nc.wav": ("test", "Das will sie am Mittwoch abgeben.", {"Emotion": "Neutral", "Gender": "Male"}),
-        "wav/16b10Td.wav": ("test", "Die wird auf dem Platz sein, wo wir sie immer hinlegen.", {"Emotion": "Sad", "Gender": "Female"}),
+        "wav/03a01Fa.wav": (
+            "train",
+            "Der Lappen liegt auf dem Eisschrank.",
+            {"Emotion": "Happy", "Gender": "Male"},
+        ),
+        "wav/08b09Wb.wav": (
+            "train",
+            "Ich will das eben wegbringen und dann mit Karl was trinken gehen.",
+            {"Emotion": "Angry", "Gender": "Female"},
+        ),
+        "wav/15a02Nc.wav": (
+            "test",
+            "Das will sie am Mittwoch abgeben.",
+            {"Emotion": "Neutral", "Gender": "Male"},
+        ),
+        "wav/16b10Td.wav": (
+            "test",
+            "Die wird auf dem Platz sein, wo wir sie immer hinlegen.",
+            {"Emotion": "Sad", "Gender": "Female"},
+        ),
     }
     assert skipped == {"unlabelled": ["wav/readme.wav"]}
     found, _ = read("emodb", tmp_path, asked=["03", "08"])
-    assert {id[4:6]: split for id, (split, _, _) in found.items()} == {"03": "test", "08": "test", "15": "train", "16": "train"}
+    assert {id[4:6]: split for id, (split, _, _) in found.items()} == {
+        "03": "test",
+        "08": "test",
+        "15": "train",
+        "16": "train",
+    }
     with pytest.raises(ValueError, match="no speaker is called 99; there are 03, 08, 15, 16"):
         read("emodb", tmp_path, asked=["99"])
 
 
 def test_digits(tmp_path):
-    lines(tmp_path / "metadata.py", '"""Facts."""', "metadata = {'theo': {'gender': 'male', 'accent': 'USA/neutral'},",
+    lines(tmp_path / "metadata.py", '"""Facts."""',
+        "metadata = {'theo': {'gender': 'male', 'accent': 'USA/neutral'},",
           "  'lucas': {'gender': 'male', 'accent': 'DEU/German'}}")  # fmt: skip
     for name in ("7_theo_3", "0_lucas_11", "x_lucas_1", "3_nobody_0"):
         noise(tmp_path / f"recordings/{name}.wav", rate=8000)
@@ -99,29 +130,42 @@ def test_digits(tmp_path):
 def test_philharmonia(tmp_path):
     names = [
         "cello/cello_As3_1_piano_arco-normal", "cor anglais/english-horn_A3_05_mezzo-forte_normal",
-        "percussion/tam-tam/tam-tam__long_fortissimo_damped", "flute/flute_A3_1_cresc-decresc_major-trill", "flute/odd",
+        "percussion/tam-tam/tam-tam__long_fortissimo_damped",
+        "flute/flute_A3_1_cresc-decresc_major-trill", "flute/odd",
     ]  # fmt: skip
     for name in names:
         noise(tmp_path / f"audio/{name}.mp3", rate=44100)
     found, skipped = read("philharmonia", tmp_path)
-    assert [attributes for _, _, attributes in found.values() if "Dynamics" in attributes] == [a for _, _, a in found.values()]
+    assert [attributes for _, _, attributes in found.values() if "Dynamics" in attributes] == [
+        a for _, _, a in found.values()
+    ]
     by_name = {Path(id).stem: attributes for id, (_, _, attributes) in found.items()}
     assert by_name == {
-        "cello_As3_1_piano_arco-normal": {"Instrument": "cello", "Note": "A#3", "Dynamics": "soft", "Articulation": "bowed"},
-        "english-horn_A3_05_mezzo-forte_normal": {"Instrument": "english horn", "Note": "A3", "Dynamics": "moderately loud"},
-        "tam-tam__long_fortissimo_damped": {"Instrument": "tam-tam", "Dynamics": "very loud", "Articulation": "damped"},
+        "cello_As3_1_piano_arco-normal": {"Instrument": "cello", "Note": "A#3", "Dynamics": "soft",
+            "Articulation": "bowed"},
+        "english-horn_A3_05_mezzo-forte_normal": {"Instrument": "english horn", "Note": "A3",
+            "Dynamics": "moderately loud"},
+        "tam-tam__long_fortissimo_damped": {"Instrument": "tam-tam", "Dynamics": "very loud",
+            "Articulation": "damped"},
         "flute_A3_1_cresc-decresc_major-trill":
-            {"Instrument": "flute", "Note": "A3", "Dynamics": "getting louder, then softer", "Articulation": "major trill"},
+            {"Instrument": "flute", "Note": "A3", "Dynamics": "getting louder, then softer",
+                "Articulation": "major trill"},
     }  # fmt: skip
     assert skipped == {"unlabelled": ["audio/flute/odd.mp3"]}
 
 
 def asterisk_packages(root):
     sounds, docs = root / "usr/share/asterisk/sounds", root / "usr/share/doc"
-    for code, voice, extra in (("en", "en_US_f_Allison", "; Core Sounds\n\n"), ("it", "it_IT_m_Carlo", "\ufeff")):
+    for code, voice, extra in (
+        ("en", "en_US_f_Allison", "; Core Sounds\n\n"),
+        ("it", "it_IT_m_Carlo", "\ufeff"),
+    ):
         book = docs / f"asterisk-core-sounds-{code}/core-sounds-{code}.txt.gz"
         book.parent.mkdir(parents=True)
-        text = f"{extra}added: Added, {code}.\nbeep: [a tone]\ndigits/1: ... one {code} (a tone: long)\ngone: Gone.\n"
+        text = (
+            f"{extra}added: Added, {code}.\nbeep: [a tone]\n"
+            f"digits/1: ... one {code} (a tone: long)\ngone: Gone.\n"
+        )
         book.write_bytes(gzip.compress(text.encode()))
         for name in ("added", "beep", "digits/1", "extra"):
             noise(sounds / voice / f"{name}.wav", rate=8000)
@@ -132,24 +176,46 @@ def test_asterisk(tmp_path):
     found, skipped = read("asterisk", tmp_path)
     sounds = "usr/share/asterisk/sounds"
     assert {id: (text, attributes) for id, (_, text, attributes) in found.items()} == {
-        f"{sounds}/en_US_f_Allison/added.wav": ("Added, en.", {"Language": "English", "Gender": "Female"}),
-        f"{sounds}/en_US_f_Allison/digits/1.wav": ("one en", {"Language": "English", "Gender": "Female"}),
-        f"{sounds}/it_IT_m_Carlo/added.wav": ("Added, it.", {"Language": "Italian", "Gender": "Male"}),
-        f"{sounds}/it_IT_m_Carlo/digits/1.wav": ("one it", {"Language": "Italian", "Gender": "Male"}),
+        f"{sounds}/en_US_f_Allison/added.wav": (
+            "Added, en.",
+            {"Language": "English", "Gender": "Female"},
+        ),
+        f"{sounds}/en_US_f_Allison/digits/1.wav": (
+            "one en",
+            {"Language": "English", "Gender": "Female"},
+        ),
+        f"{sounds}/it_IT_m_Carlo/added.wav": (
+            "Added, it.",
+            {"Language": "Italian", "Gender": "Male"},
+        ),
+        f"{sounds}/it_IT_m_Carlo/digits/1.wav": (
+            "one it",
+            {"Language": "Italian", "Gender": "Male"},
+        ),
     }
     voices = ("en_US_f_Allison", "it_IT_m_Carlo")
     assert skipped == {
         "missing": [f"{sounds}/{voice}/gone.wav" for voice in voices],
-        "unlabelled": [f"{sounds}/{voice}/{name}.wav" for voice in voices for name in ("beep", "extra")],
+        "unlabelled": [
+            f"{sounds}/{voice}/{name}.wav" for voice in voices for name in ("beep", "extra")
+        ],
     }
     splits = collections.defaultdict(set)
     for id, (split, _, _) in found.items():
         splits[Path(id).stem].add(split)
-    assert all(len(of_prompt) == 1 for of_prompt in splits.values())  # held out in every language or in none
+    assert all(
+        len(of_prompt) == 1 for of_prompt in splits.values()
+    )  # held out in every language or in none
 
 
 def test_folder(tmp_path):
-    for name in ("door_knock/a.wav", "door_knock/deep/b.flac", "bell/c.ogg", "bell/d.WAV", "stray.wav"):
+    for name in (
+        "door_knock/a.wav",
+        "door_knock/deep/b.flac",
+        "bell/c.ogg",
+        "bell/d.WAV",
+        "stray.wav",
+    ):
         noise(tmp_path / name)
     lines(tmp_path / "bell/notes.txt", "not a sound")
     found, skipped = read("folder", tmp_path, options={"attribute": "Thing", "domain": "sound"})
@@ -179,14 +245,23 @@ def test_esc50(tmp_path):
     found, skipped = read("esc50", tmp_path)
     assert found == {
         "audio/1-100032-A-0.wav": ("train", None, {"Audio category": "dog", "Duration": "5s"}),
-        "audio/5-9032-A-0.wav": ("test", None, {"Audio category": "door_wood_knock", "Duration": "5s"}),
+        "audio/5-9032-A-0.wav": (
+            "test",
+            None,
+            {"Audio category": "door_wood_knock", "Duration": "5s"},
+        ),
     }
     assert skipped == {"missing": ["audio/1-1-A-1.wav"], "unlabelled": ["audio/1-2-A-1.wav"]}
 
 
 def test_fsd50k(tmp_path):
     truth = tmp_path / "FSD50K.ground_truth"
-    lines(truth / "dev.csv", "fname,labels,mids,split", '64760,"Electric_guitar,Guitar,Music","/m/1,/m/2,/m/3",train', '16399,"Bark,Dog","/m/4,/m/5",val')
+    lines(
+        truth / "dev.csv",
+        "fname,labels,mids,split",
+        '64760,"Electric_guitar,Guitar,Music","/m/1,/m/2,/m/3",train',
+        '16399,"Bark,Dog","/m/4,/m/5",val',
+    )
     lines(truth / "eval.csv", "fname,labels,mids", '37199,"Rain","/m/6"')
     for name in ("dev_audio/64760", "dev_audio/16399", "eval_audio/37199"):
         noise(tmp_path / f"FSD50K.{name}.wav")
@@ -199,34 +274,51 @@ def test_fsd50k(tmp_path):
 
 def test_clotho(tmp_path):
     for part in ("development", "validation", "evaluation"):
-        lines(tmp_path / f"clotho_captions_{part}.csv", "file_name,caption_1,caption_2", f'{part} a.wav,"A dog, it barks.",Another')
+        lines(
+            tmp_path / f"clotho_captions_{part}.csv",
+            "file_name,caption_1,caption_2",
+            f'{part} a.wav,"A dog, it barks.",Another',
+        )
         noise(tmp_path / f"{part}/{part} a.wav")
     found, _ = read("clotho", tmp_path)
     caption = {"": "A dog, it barks."}
     assert found == {
-        "development/development a.wav": ("train", None, caption), "validation/validation a.wav": ("validation", None, caption),
+        "development/development a.wav": ("train", None, caption),
+        "validation/validation a.wav": ("validation", None, caption),
         "evaluation/evaluation a.wav": ("test", None, caption),
     }  # fmt: skip
 
 
 def test_nsynth(tmp_path):
     for part, qualities in (("train", ["dark", "percussive"]), ("valid", []), ("test", [])):
-        facts = {"instrument_str": f"bass_electronic_{part}", "instrument_family_str": "bass", "instrument_source_str": "electronic",
+        facts = {"instrument_str": f"bass_electronic_{part}", "instrument_family_str": "bass",
+            "instrument_source_str": "electronic",
                  "pitch": 22, "velocity": 100, "qualities_str": qualities}  # fmt: skip
-        lines(tmp_path / f"nsynth-{part}/examples.json", json.dumps({f"bass_{part}-022-100": facts}))
+        lines(
+            tmp_path / f"nsynth-{part}/examples.json", json.dumps({f"bass_{part}-022-100": facts})
+        )
         noise(tmp_path / f"nsynth-{part}/audio/bass_{part}-022-100.wav")
     lines(tmp_path / "nsynth-train.jsonwav.tar.gz", "the archive may lie beside")
     found, _ = read("nsynth", tmp_path)
     facts = {"Family": "bass", "Source": "electronic", "MIDI Note": "022", "MIDI Velocity": "100"}
     assert found == {
-        "nsynth-train/audio/bass_train-022-100.wav": ("train", None, facts | {"Qualities": "dark, percussive"}),
+        "nsynth-train/audio/bass_train-022-100.wav": (
+            "train",
+            None,
+            facts | {"Qualities": "dark, percussive"},
+        ),
         "nsynth-valid/audio/bass_valid-022-100.wav": ("validation", None, facts),
         "nsynth-test/audio/bass_test-022-100.wav": ("test", None, facts),
     }
 
 
 def test_gtzan(tmp_path):
-    for name in ("blues/blues.00000.au", "blues/blues.00001.au", "jazz/jazz.00054.wav", "jazz/jazz.00055.wav"):
+    for name in (
+        "blues/blues.00000.au",
+        "blues/blues.00001.au",
+        "jazz/jazz.00054.wav",
+        "jazz/jazz.00055.wav",
+    ):
         noise(tmp_path / f"genres/{name}", rate=22050)
     found, _ = read("gtzan", tmp_path)
     assert [attributes["Genre"] for _, _, attributes in found.values()].count("jazz") == 2
@@ -235,19 +327,35 @@ def test_gtzan(tmp_path):
     lines(tmp_path / "test_filtered.txt", "jazz/jazz.00054.au")
     found, skipped = read("gtzan", tmp_path)
     assert {id: (split, attributes["Genre"]) for id, (split, _, attributes) in found.items()} == {
-        "genres/blues/blues.00000.au": ("train", "blues"), "genres/blues/blues.00001.au": ("validation", "blues"),
+        "genres/blues/blues.00000.au": ("train", "blues"),
+        "genres/blues/blues.00001.au": ("validation", "blues"),
         "genres/jazz/jazz.00054.wav": ("test", "jazz"),
     }  # fmt: skip
     assert skipped == {"faulty or an artist's surplus": ["genres/jazz/jazz.00055.wav"]}
 
 
 def test_common_voice(tmp_path):
-    header = "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\tvariant\tlocale\tsegment"
-    for part, facts in (("train", "thirties\tmale_masculine\tUnited States English"), ("dev", "\t\t"), ("test", "teens\tfemale_feminine\t")):
-        lines(tmp_path / f"{part}.tsv", header, f'{part} speaker\tcv_{part}.mp3\t1\t"Yes, he said.\t\t2\t0\t{facts}\t\ten\t')
+    header = (
+        "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\t"
+        "age\tgender\taccents\tvariant\tlocale\tsegment"
+    )
+    for part, facts in (
+        ("train", "thirties\tmale_masculine\tUnited States English"),
+        ("dev", "\t\t"),
+        ("test", "teens\tfemale_feminine\t"),
+    ):
+        lines(
+            tmp_path / f"{part}.tsv",
+            header,
+            f'{part} speaker\tcv_{part}.mp3\t1\t"Yes, he said.\t\t2\t0\t{facts}\t\ten\t',
+        )
         noise(tmp_path / f"clips/cv_{part}.mp3", seconds=1, rate=48000)
     found, _ = read("common_voice", tmp_path)
-    attributes = {split: {k: v for k, v in a.items() if k != "Duration"} for split, text, a in found.values() if text == '"Yes, he said.'}
+    attributes = {
+        split: {k: v for k, v in a.items() if k != "Duration"}
+        for split, text, a in found.values()
+        if text == '"Yes, he said.'
+    }
     assert attributes == {
         "train": {"Gender": "male_masculine", "Age": "thirties", "Accent": "United States English"},
         "validation": {}, "test": {"Gender": "female_feminine", "Age": "teens"},
@@ -256,34 +364,69 @@ def test_common_voice(tmp_path):
 
 
 def test_vctk(tmp_path):
-    lines(tmp_path / "speaker-info.txt", "ID  AGE  GENDER  ACCENTS  REGION COMMENTS ", "p225  23  F    English    Southern  England",
-          "p335  25  F    NewZealand English", "p280  21  F    French    Unknown France (mic2 files unavailable)")  # fmt: skip
+    lines(tmp_path / "speaker-info.txt", "ID  AGE  GENDER  ACCENTS  REGION COMMENTS ",
+        "p225  23  F    English    Southern  England",
+          "p335  25  F    NewZealand English",
+          "p280  21  F    French    Unknown France (mic2 files unavailable)")  # fmt: skip
     for speaker in ("p225", "p335", "p280"):
         for mic in (1, 2):
-            noise(tmp_path / f"wav48_silence_trimmed/{speaker}/{speaker}_001_mic{mic}.flac", rate=48000)
+            noise(
+                tmp_path / f"wav48_silence_trimmed/{speaker}/{speaker}_001_mic{mic}.flac",
+                rate=48000,
+            )
     lines(tmp_path / "txt/p225/p225_001.txt", "Please call Stella.")
     found, _ = read("vctk", tmp_path)
     assert {id: (text, attributes) for id, (_, text, attributes) in found.items()} == {
-        "wav48_silence_trimmed/p225/p225_001_mic1.flac": ("Please call Stella.", {"Gender": "Female", "Accent": "english", "Age": "23"}),
-        "wav48_silence_trimmed/p335/p335_001_mic1.flac": (None, {"Gender": "Female", "Accent": "newzealand", "Age": "25"}),
-        "wav48_silence_trimmed/p280/p280_001_mic1.flac": (None, {"Gender": "Female", "Accent": "french", "Age": "21"}),
+        "wav48_silence_trimmed/p225/p225_001_mic1.flac": (
+            "Please call Stella.",
+            {"Gender": "Female", "Accent": "english", "Age": "23"},
+        ),
+        "wav48_silence_trimmed/p335/p335_001_mic1.flac": (
+            None,
+            {"Gender": "Female", "Accent": "newzealand", "Age": "25"},
+        ),
+        "wav48_silence_trimmed/p280/p280_001_mic1.flac": (
+            None,
+            {"Gender": "Female", "Accent": "french", "Age": "21"},
+        ),
     }
 
 
 def test_crema_d(tmp_path):
-    lines(tmp_path / "VideoDemographics.csv", '"ActorID","Age","Sex","Race","Ethnicity"', '1001,51,"Male","Caucasian","Not Hispanic"')
+    lines(
+        tmp_path / "VideoDemographics.csv",
+        '"ActorID","Age","Sex","Race","Ethnicity"',
+        '1001,51,"Male","Caucasian","Not Hispanic"',
+    )
     noise(tmp_path / "AudioWAV/1001_DFA_ANG_XX.wav")
-    lines(tmp_path / "AudioWAV/1001_IEO_HAP_LO.wav", "version https://git-lfs.github.com/spec/v1", "oid sha256:0")
+    lines(
+        tmp_path / "AudioWAV/1001_IEO_HAP_LO.wav",
+        "version https://git-lfs.github.com/spec/v1",
+        "oid sha256:0",
+    )
     found, skipped = read("crema_d", tmp_path)
-    facts = {"Emotion": "Anger", "Gender": "Male", "Age": "51", "Race": "Caucasian", "Ethnicity": "Not Hispanic"}
+    facts = {
+        "Emotion": "Anger",
+        "Gender": "Male",
+        "Age": "51",
+        "Race": "Caucasian",
+        "Ethnicity": "Not Hispanic",
+    }
     assert found == {"AudioWAV/1001_DFA_ANG_XX.wav": ("train", "Don't forget a jacket.", facts)}
-    assert list(skipped) == ["broken"] and skipped["broken"][0].startswith("AudioWAV/1001_IEO_HAP_LO.wav: cannot be decoded")
+    assert list(skipped) == ["broken"] and skipped["broken"][0].startswith(
+        "AudioWAV/1001_IEO_HAP_LO.wav: cannot be decoded"
+    )
 
 
 def test_speech_commands(tmp_path):
     lines(tmp_path / "validation_list.txt", "yes/b_nohash_0.wav")
     lines(tmp_path / "testing_list.txt", "no/c_nohash_1.wav")
-    for name in ("yes/a_nohash_0", "yes/b_nohash_0", "no/c_nohash_1", "_background_noise_/pink_noise"):
+    for name in (
+        "yes/a_nohash_0",
+        "yes/b_nohash_0",
+        "no/c_nohash_1",
+        "_background_noise_/pink_noise",
+    ):
         noise(tmp_path / f"{name}.wav", seconds=1)
     assert read("speech_commands", tmp_path) == ({
         "yes/a_nohash_0.wav": ("train", "yes", {"Command": "yes", "Duration": "1s"}),
@@ -293,14 +436,20 @@ def test_speech_commands(tmp_path):
 
 
 def test_libritts_r(tmp_path):
-    lines(tmp_path / "speakers.tsv", "READER\tGENDER\tSUBSET\tNAME", "84\tF\tdev-clean\tChristie Nowak", "103\tF\ttrain-clean-100\tKaren Savage",
+    lines(tmp_path / "speakers.tsv", "READER\tGENDER\tSUBSET\tNAME",
+        "84\tF\tdev-clean\tChristie Nowak", "103\tF\ttrain-clean-100\tKaren Savage",
           "61\tM\ttest-clean\tPaul-Gabriel Wiener")  # fmt: skip
-    for name in ("dev-clean/84/121123/84_121123_000008_000000", "train-clean-100/103/1240/103_1240_0_0", "test-clean/61/70968/61_70968_0_0"):
+    for name in (
+        "dev-clean/84/121123/84_121123_000008_000000",
+        "train-clean-100/103/1240/103_1240_0_0",
+        "test-clean/61/70968/61_70968_0_0",
+    ):
         noise(tmp_path / f"{name}.wav", rate=24000)
         lines(tmp_path / f"{name}.normalized.txt", f"Text of {name[:3]}.")
     found, _ = read("libritts_r", tmp_path)
     assert sorted((split, text, a["Gender"]) for split, text, a in found.values()) == [
-        ("test", "Text of tes.", "Male"), ("train", "Text of tra.", "Female"), ("validation", "Text of dev.", "Female"),
+        ("test", "Text of tes.", "Male"), ("train", "Text of tra.", "Female"),
+        ("validation", "Text of dev.", "Female"),
     ]  # fmt: skip
 
 
@@ -309,7 +458,7 @@ def test_every_corpus_has_a_test_above():
     assert set(corpora.KNOWN) <= tested
 
 
-# -- what is left out, and why -------------------------------------------------------------------------------------------------
+# -- what is left out, and why ---------------------------------------------------------------------
 
 
 def test_clips_that_cannot_be_used_are_listed_by_reason(tmp_path):
@@ -325,28 +474,55 @@ def test_clips_that_cannot_be_used_are_listed_by_reason(tmp_path):
     noise(tmp_path / "cat/other.wav")
     found, skipped = read("folder", tmp_path)
     assert set(found) == {"cat/same_sound.flac", "cat/other.wav"}
-    assert [line.split(":")[0] for line in skipped.pop("broken")] == ["dog/broken.wav", "dog/empty.wav", "dog/nan.wav", "dog/short.wav"]
+    assert [line.split(":")[0] for line in skipped.pop("broken")] == [
+        "dog/broken.wav",
+        "dog/empty.wav",
+        "dog/nan.wav",
+        "dog/short.wav",
+    ]
     assert skipped == {
         "silent": ["dog/silent.wav"],
-        "duplicate": ["dog/good.wav: as cat/same_sound.flac, with other labels", "dog/same_bytes.wav: as cat/same_sound.flac, with other labels"],
+        "duplicate": [
+            "dog/good.wav: as cat/same_sound.flac, with other labels",
+            "dog/same_bytes.wav: as cat/same_sound.flac, with other labels",
+        ],
     }
 
 
 def test_of_copies_the_one_in_the_test_part_stays(tmp_path):
     for part in ("development", "validation", "evaluation"):
-        lines(tmp_path / f"clotho_captions_{part}.csv", "file_name,caption_1", "a.wav,A dog.", "b.wav,A cat.")
+        lines(
+            tmp_path / f"clotho_captions_{part}.csv",
+            "file_name,caption_1",
+            "a.wav,A dog.",
+            "b.wav,A cat.",
+        )
         noise(tmp_path / f"{part}/a.wav", seed=0)
         noise(tmp_path / f"{part}/b.wav")
     found, skipped = read("clotho", tmp_path)
-    assert set(found) == {"development/b.wav", "validation/b.wav", "evaluation/a.wav", "evaluation/b.wav"}
-    assert skipped == {"duplicate": ["development/a.wav: as evaluation/a.wav", "validation/a.wav: as evaluation/a.wav"]}
+    assert set(found) == {
+        "development/b.wav",
+        "validation/b.wav",
+        "evaluation/a.wav",
+        "evaluation/b.wav",
+    }
+    assert skipped == {
+        "duplicate": [
+            "development/a.wav: as evaluation/a.wav",
+            "validation/a.wav: as evaluation/a.wav",
+        ]
+    }
 
 
-# -- splits ------------------------------------------------------------------------------------------------------------------
+# -- splits ----------------------------------------------------------------------------------------
 
 
 def clips_of(**groups):
-    return [corpora.Clip(Path(f"{group}/{i}.wav"), "sound", {"Label": "x"}, group=group) for group, n in groups.items() for i in range(n)]
+    return [
+        corpora.Clip(Path(f"{group}/{i}.wav"), "sound", {"Label": "x"}, group=group)
+        for group, n in groups.items()
+        for i in range(n)
+    ]
 
 
 def test_a_group_is_never_on_both_sides_and_the_share_is_kept():
@@ -374,7 +550,9 @@ def test_cuts_and_copies_of_a_recording_stay_together(tmp_path):
     random = np.random.default_rng(0)
     for i in range(20):
         sound = noise(tmp_path / f"bird/{i}.wav", seed=i, seconds=2)
-        cut = 0.4 * sound[8000:24000] + 0.001 * random.standard_normal(16000)  # quieter, from its middle, with noise
+        cut = 0.4 * sound[8000:24000] + 0.001 * random.standard_normal(
+            16000
+        )  # quieter, from its middle, with noise
         noise(tmp_path / f"bird/{i}_cut.wav", like=cut)
     rows, skipped = corpora.make("folder", tmp_path, tmp_path)
     assert not skipped and 4 <= len(rows["test"]) <= 8
@@ -394,7 +572,7 @@ def test_too_many_to_compare(tmp_path, monkeypatch, capsys):
     assert "3 clips, too many to compare, are split by file" in capsys.readouterr().err
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_command_writes_metadata_and_report(tmp_path):
@@ -402,18 +580,36 @@ def test_command_writes_metadata_and_report(tmp_path):
         noise(tmp_path / f"data/emodb/wav/{name}.wav")
     lines(tmp_path / "data/emodb/wav/16a02Nc.wav", "broken")
     out = tmp_path / "out/emodb.metadata.jsonl"
-    ran = script("corpora.py", "emodb", tmp_path / "data/emodb", "--out", out, "--audio_root", tmp_path / "data")
+    ran = script(
+        "corpora.py",
+        "emodb",
+        tmp_path / "data/emodb",
+        "--out",
+        out,
+        "--audio_root",
+        tmp_path / "data",
+    )
     assert ran.status == 0, ran.err
     assert "1 train, 1 test; skipped: 1 broken (emodb.report.json)" in ran.out
-    assert sorted(path.name for path in out.parent.iterdir()) == ["emodb.report.json", "emodb.test.metadata.jsonl", "emodb.train.metadata.jsonl"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "emodb.report.json",
+        "emodb.test.metadata.jsonl",
+        "emodb.train.metadata.jsonl",
+    ]
     (row,) = read_jsonl(out.with_name("emodb.train.metadata.jsonl"))
     assert row == {
         "id": "emodb/wav/03a01Fa.wav", "dataset": "emodb", "domain": "speech", "group": "03",
-        "segments": [{"start": 0.0, "end": 0.5, "text": "Der Lappen liegt auf dem Eisschrank.", "attributes": {"Emotion": "Happy", "Gender": "Male"}}],
+        "segments": [{"start": 0.0, "end": 0.5, "text": "Der Lappen liegt auf dem Eisschrank.",
+            "attributes": {"Emotion": "Happy", "Gender": "Male"}}],
     }  # fmt: skip
     report = json.loads(out.with_name("emodb.report.json").read_text())
-    assert report["rows"] == {"train": 1, "test": 1} and report["labels"]["test"] == {"Emotion": {"Neutral": 1}, "Gender": {"Male": 1}}
-    assert report["skipped"] == {"broken": 1} and report["skipped clips"]["broken"][0].startswith("emodb/wav/16a02Nc.wav: ")
+    assert report["rows"] == {"train": 1, "test": 1} and report["labels"]["test"] == {
+        "Emotion": {"Neutral": 1},
+        "Gender": {"Male": 1},
+    }
+    assert report["skipped"] == {"broken": 1} and report["skipped clips"]["broken"][0].startswith(
+        "emodb/wav/16a02Nc.wav: "
+    )
 
 
 def test_command_lists_and_explains():
@@ -428,7 +624,9 @@ def test_command_lists_and_explains():
 @pytest.mark.parametrize("arguments, message", [
     (["nothing", "."], "'nothing' is none of animals, emodb"),
     (["esc50", "missing"], "missing is no folder; esc50 comes from https://github.com/karolpiczak/ESC-50"),
-    (["esc50", "."], r"is not esc50 as published: .* has no meta/esc50.csv (`python corpora.py esc50` tells what is expected)"),
+    (["esc50", "."],
+        r"is not esc50 as published: .* has no meta/esc50.csv "
+        r"(`python corpora.py esc50` tells what is expected)"),
     (["esc50", "columns"], r"a table without 'category'"),
     (["emodb", "broken"], "can be used: the report tells why"),
     (["esc50", ".", "--audio_root", "columns"], "does not contain"),
@@ -450,26 +648,44 @@ def test_instructions(tmp_path):
         return [json.dumps({"id": "x", "prompt": prompt, "response": "…"}) for prompt in prompts]
 
     lines(tmp_path / "aqa/speech.0.jsonl", *rows("Who speaks?", "Sing it.", "Who speaks?"))
-    lines(tmp_path / "aqa/speech.1.jsonl", *rows("Sing it.", "Who speaks?\nIn one word.", "Sing it."))
+    lines(
+        tmp_path / "aqa/speech.1.jsonl", *rows("Sing it.", "Who speaks?\nIn one word.", "Sing it.")
+    )
     lines(tmp_path / "aqa/audio.0.jsonl", *rows("What is heard?"))
     ran = script("corpora.py", "instructions", tmp_path / "aqa", "--out", tmp_path / "pool")
     assert ran.status == 0 and "3 prompts of speech, in 6 rows" in ran.out
-    assert (tmp_path / "pool/speech.txt").read_text().splitlines() == ["Sing it.", "Who speaks?", "Who speaks? In one word."]
-    assert (tmp_path / "pool/sound.txt").read_text() == (tmp_path / "pool/music.txt").read_text() == "What is heard?\n"
+    assert (tmp_path / "pool/speech.txt").read_text().splitlines() == [
+        "Sing it.",
+        "Who speaks?",
+        "Who speaks? In one word.",
+    ]
+    assert (
+        (tmp_path / "pool/sound.txt").read_text()
+        == (tmp_path / "pool/music.txt").read_text()
+        == "What is heard?\n"
+    )
     counts = json.loads((tmp_path / "pool/counts.json").read_text())
-    assert counts == {"speech": {"Sing it.": 3, "Who speaks?": 2, "Who speaks? In one word.": 1}, "audio": {"What is heard?": 1}}
+    assert counts == {
+        "speech": {"Sing it.": 3, "Who speaks?": 2, "Who speaks? In one word.": 1},
+        "audio": {"What is heard?": 1},
+    }
     lines(tmp_path / "aqa/audio.0.jsonl", *rows("What is heard?"), '{"prompt": "cut of')
     ran = script("corpora.py", "instructions", tmp_path / "aqa", "--out", tmp_path / "pool")
     assert ran.status == 1 and "audio.0.jsonl: line 2 is no row with a prompt" in ran.err
 
 
-# -- four real corpora, in full --------------------------------------------------------------------------------------------------
+# -- four real corpora, in full --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real():
     """A function: name -> rows, skipped, as read from the real corpus of that name."""
-    folders = {"animals": "Animal-Sound-Dataset", "emodb": "emodb", "digits": "free-spoken-digit-dataset", "philharmonia": "philharmonia-samples"}
+    folders = {
+        "animals": "Animal-Sound-Dataset",
+        "emodb": "emodb",
+        "digits": "free-spoken-digit-dataset",
+        "philharmonia": "philharmonia-samples",
+    }
     return lambda name: corpora.make(name, Path(REAL, folders[name]), Path(REAL))
 
 
@@ -481,7 +697,9 @@ def everything_is_accounted_for(rows, skipped, pattern):
     """Each file is in one part or in one list, and no group on both sides."""
     used = [row["id"] for part in rows.values() for row in part]
     left_out = [line.split(":")[0] for clips in skipped.values() for line in clips]
-    assert sorted(used + left_out) == sorted(path.relative_to(REAL).as_posix() for path in Path(REAL).glob(pattern))
+    assert sorted(used + left_out) == sorted(
+        path.relative_to(REAL).as_posix() for path in Path(REAL).glob(pattern)
+    )
     assert not {row["group"] for row in rows["train"]} & {row["group"] for row in rows["test"]}
 
 
@@ -490,7 +708,15 @@ def test_real_emodb(real):
     rows, skipped = real("emodb")
     everything_is_accounted_for(rows, skipped, "emodb/wav/*.wav")
     assert not skipped and (len(rows["train"]), len(rows["test"])) == (408, 127)
-    emotions = {"Angry": 127, "Bored": 81, "Disgusted": 46, "Fearful": 69, "Happy": 71, "Neutral": 79, "Sad": 62}  # as published
+    emotions = {
+        "Angry": 127,
+        "Bored": 81,
+        "Disgusted": 46,
+        "Fearful": 69,
+        "Happy": 71,
+        "Neutral": 79,
+        "Sad": 62,
+    }  # as published
     assert counts(rows["train"] + rows["test"], "Emotion") == emotions
     assert counts(rows["test"], "Gender") == {"Female": 71, "Male": 56}
     assert {row["group"] for row in rows["test"]} == {"15", "16"}
@@ -502,7 +728,12 @@ def test_real_digits(real):
     rows, skipped = real("digits")
     everything_is_accounted_for(rows, skipped, "free-spoken-digit-dataset/recordings/*.wav")
     assert not skipped and (len(rows["train"]), len(rows["test"])) == (600, 120)
-    assert counts(rows["train"], "Accent") == {"American": 120, "French": 120, "German": 240, "Greek": 120}
+    assert counts(rows["train"], "Accent") == {
+        "American": 120,
+        "French": 120,
+        "German": 240,
+        "Greek": 120,
+    }
     assert collections.Counter(row["segments"][0]["text"] for row in rows["test"])["seven"] == 12
 
 
@@ -512,7 +743,9 @@ def test_real_animals(real):
     everything_is_accounted_for(rows, skipped, "Animal-Sound-Dataset/*/*.wav")
     assert len(skipped["duplicate"]) >= 36 and set(skipped) <= {"duplicate", "broken"}
     train, test = counts(rows["train"], "Animal"), counts(rows["test"], "Animal")
-    assert len(train) == len(test) == 10 and all(3 <= test[animal] <= train[animal] / 3 for animal in train)
+    assert len(train) == len(test) == 10 and all(
+        3 <= test[animal] <= train[animal] / 3 for animal in train
+    )
     groups = {row["id"].split("/")[-1]: row["group"] for part in rows.values() for row in part}
     assert groups["dog_164.wav"] == groups["dog_140.wav"]  # one is cut out of the other
     assert groups["tavuk_14.wav"] == groups["tavuk_11.wav"] != groups["tavuk_20.wav"]
@@ -522,9 +755,15 @@ def test_real_animals(real):
 def test_real_philharmonia(real):
     rows, skipped = real("philharmonia")
     everything_is_accounted_for(rows, skipped, "philharmonia-samples/audio/**/*.mp3")
-    assert len(skipped["broken"]) == 1 and "saxophone_Fs3_15_fortissimo_normal.mp3" in skipped["broken"][0]  # an empty file
+    assert (
+        len(skipped["broken"]) == 1
+        and "saxophone_Fs3_15_fortissimo_normal.mp3" in skipped["broken"][0]
+    )  # an empty file
     assert not {"piano", "forte"} & set(counts(rows["train"], "Dynamics"))
-    notes = {part: {row["segments"][0]["attributes"].get("Note") for row in rows[part]} - {None} for part in rows}
+    notes = {
+        part: {row["segments"][0]["attributes"].get("Note") for row in rows[part]} - {None}
+        for part in rows
+    }
     assert not notes["train"] & notes["test"] and len(notes["test"]) >= 8
     pitched = counts(rows["train"], "Instrument").keys() & counts(rows["test"], "Instrument").keys()
     assert len(pitched) >= 15 and 0.1 < len(rows["test"]) / 1004 < 0.2

@@ -1,4 +1,6 @@
-"""tools/experiments.py: the table of runs, going on, what predictions say, tables; and what train.py and generate_data.py got for it."""
+"""tools/experiments.py: the table of runs, going on, what predictions say, tables; and what
+train.py and generate_data.py got for it.
+"""
 
 import json
 import math
@@ -17,18 +19,30 @@ sys.path.insert(0, str(ROOT / "tools"))
 import experiment_tables as tables  # noqa: E402
 import experiments as ex  # noqa: E402
 
-# -- the table of runs -----------------------------------------------------------------------------------------------------------
+# -- the table of runs -----------------------------------------------------------------------------
 
 
 def test_runs_are_those_of_the_claims():
     runs = list(ex.all_runs())
-    arms = lambda claim: {(run.llm, run.targets, *sorted(run.train.items())): 0 for run in runs if run.claim == claim}
+    arms = lambda claim: {
+        (run.llm, run.targets, *sorted(run.train.items())): 0 for run in runs if run.claim == claim
+    }
     seeds = lambda claim, llm: {run.seed for run in runs if run.claim == claim and run.llm == llm}
-    targets = lambda claim, llm: {run.targets for run in runs if run.claim == claim and run.llm == llm}
+    targets = lambda claim, llm: {
+        run.targets for run in runs if run.claim == claim and run.llm == llm
+    }
     assert [claim for claim in dict.fromkeys(run.claim for run in runs)] == [1, 2, 6, 3, 4, 5]
-    assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"} and targets(1, ex.QWEN) == {"self", "qwen"}
+    assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"} and targets(
+        1, ex.QWEN
+    ) == {"self", "qwen"}
     assert seeds(1, ex.SMOLLM2) == seeds(2, ex.SMOLLM2) == seeds(6, ex.SMOLLM2) == {0, 1, 2}
-    assert seeds(1, ex.QWEN) == seeds(3, ex.SMOLLM2) == seeds(4, ex.SMOLLM2) == seeds(5, ex.QWEN) == {0, 1}
+    assert (
+        seeds(1, ex.QWEN)
+        == seeds(3, ex.SMOLLM2)
+        == seeds(4, ex.SMOLLM2)
+        == seeds(5, ex.QWEN)
+        == {0, 1}
+    )
     assert len(arms(2)) == 6 and targets(2, ex.SMOLLM2) == {"self", "labels"}
     assert {run.train.get("lora_rank", 0) for run in runs if run.claim == 2} == {0, 16}
     assert targets(6, ex.SMOLLM2) == {"self", "one_instruction", "no_instruction"}
@@ -41,14 +55,33 @@ def test_runs_are_those_of_the_claims():
 def test_the_table_is_well_formed():
     runs = list(ex.all_runs())
     settings = train.Settings.__dataclass_fields__
-    tests = {"targets", "seen", "new", "vectors", "obey", "text", "mmau", "cot", "mmau_text", "cot_text"}
+    tests = {
+        "targets",
+        "seen",
+        "new",
+        "vectors",
+        "obey",
+        "text",
+        "mmau",
+        "cot",
+        "mmau_text",
+        "cot_text",
+    }
     for run in runs:
-        assert run.targets in ex.TARGETS and set(run.tests) <= tests and set(run.train) <= set(settings)
-        assert (run.train | ex.TRAIN)["max_steps"] <= 150, "no run over 15 minutes"
+        assert (
+            run.targets in ex.TARGETS
+            and set(run.tests) <= tests
+            and set(run.train) <= set(settings)
+        )
+        assert (run.train | ex.TRAIN)["max_steps"] <= 300, "no run over 15 minutes"
     assert len({(run.claim, run.name, run.seed) for run in runs}) == len(runs)
     assert set(ex.TRAIN) <= set(settings) and set(tables.COLUMNS) == set(ex.ORDER)
     # what several claims share is one run
-    assert len({run.key for run in runs}) == len({(run.llm, run.targets, str(sorted(run.train.items())), run.seed) for run in runs}) < len(runs)
+    assert (
+        len({run.key for run in runs})
+        == len({(run.llm, run.targets, str(sorted(run.train.items())), run.seed) for run in runs})
+        < len(runs)
+    )
     for claim, columns in tables.COLUMNS.items():
         for run in (run for run in runs if run.claim == claim):
             assert {test for _, test, _ in columns} <= set(run.tests), run
@@ -59,16 +92,31 @@ def test_instructions_and_classes_are_held_out():
     pool, new = ex.INSTRUCTIONS["pool"](lines), ex.INSTRUCTIONS["new"](lines)
     assert sorted(pool + new) == sorted(lines) and len(new) == 6
     assert len(ex.INSTRUCTIONS["one"](lines)) == 1 and ex.INSTRUCTIONS["none"](lines) == []
-    assert ex.is_new("Sound", "dog barking") and not ex.is_new("Sound", "rain") and not ex.is_new("Volume", "violin")
+    assert (
+        ex.is_new("Sound", "dog barking")
+        and not ex.is_new("Sound", "rain")
+        and not ex.is_new("Volume", "violin")
+    )
 
 
 def test_label_templates():
-    row = {"seed_description": "[00:00-00:02] Ja (so). (Gender: female, Speaking rate: slow)", "prompt": "?", "response": "x", "truncated": True}
-    assert ex.template(row) == {"seed_description": row["seed_description"], "prompt": "?", "response": "The gender is female. The speaking rate is slow."}
-    assert ex.without("speech")({"dataset": "demo-speech"}) is None and ex.without("speech")({"dataset": "demo-music"})
+    row = {
+        "seed_description": "[00:00-00:02] Ja (so). (Gender: female, Speaking rate: slow)",
+        "prompt": "?",
+        "response": "x",
+        "truncated": True,
+    }
+    assert ex.template(row) == {
+        "seed_description": row["seed_description"],
+        "prompt": "?",
+        "response": "The gender is female. The speaking rate is slow.",
+    }
+    assert ex.without("speech")({"dataset": "demo-speech"}) is None and ex.without("speech")(
+        {"dataset": "demo-music"}
+    )
 
 
-# -- doing them --------------------------------------------------------------------------------------------------------------------
+# -- doing them ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -83,7 +131,10 @@ def place(tmp_path, monkeypatch):
         folder = place.out / run.key
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"git": "abc"}))
-        write_jsonl(folder / "log.jsonl", [{"step": 0, "tap_weights": [[0.5, 0.5]]}, {"step": 1, "loss": 1.0}])
+        write_jsonl(
+            folder / "log.jsonl",
+            [{"step": 0, "tap_weights": [[0.5, 0.5]]}, {"step": 1, "loss": 1.0}],
+        )
         if run.targets == "qwen":
             raise ValueError("no weights")
         return {"figure": [1, 0]}
@@ -99,11 +150,18 @@ def test_a_second_run_does_what_is_missing(place):
     lines = place.results()
     assert len(lines) == len(runs) - 3 and {line["claim"] for line in lines} == {1, 2}
     one = lines[0]
-    assert one["commit"] == "abc" and one["tap_weights"] == {"0": [[0.5, 0.5]]} and one["train"]["max_steps"] == 150
+    assert (
+        one["commit"] == "abc"
+        and one["tap_weights"] == {"0": [[0.5, 0.5]]}
+        and one["train"]["max_steps"] == 300
+    )
     assert one["results"] == {test: {"figure": [1, 0]} for test in ex.STANDARD}
     # what claim 1 had found of the same training was not asked again
     assert len(place.asked) == len(set(place.asked))
-    assert {name for key, name in place.asked if key == "smollm2-self-max_steps_150-seed_0"} == {*ex.STANDARD, "text"}
+    assert {name for key, name in place.asked if key == "smollm2-self-max_steps_300-seed_0"} == {
+        *ex.STANDARD,
+        "text",
+    }
     place.asked.clear()
     assert place.do_all(runs, -1, 1) == 3 and len(place.results()) == len(lines)
     assert {key for key, _ in place.asked} == {run.key for run in failing}
@@ -113,26 +171,45 @@ def test_a_second_run_does_what_is_missing(place):
     assert len(place.results()) == len(lines) - 1
     place.do_all(runs, -1, 1)
     assert len(place.results()) == len(lines)
-    assert {(line["claim"], line["name"], line["seed"]) for line in place.results()} == {(line["claim"], line["name"], line["seed"]) for line in lines}
+    assert {(line["claim"], line["name"], line["seed"]) for line in place.results()} == {
+        (line["claim"], line["name"], line["seed"]) for line in lines
+    }
 
 
 def test_no_run_begins_after_the_minutes(place):
-    assert place.do_all(list(ex.all_runs([6])), 0, 2) == 0 and place.results() == [] and place.asked == []
+    assert (
+        place.do_all(list(ex.all_runs([6])), 0, 2) == 0
+        and place.results() == []
+        and place.asked == []
+    )
 
 
 def test_files_are_made_once(tmp_path):
     place, made = ex.Workplace(), []
     make = lambda path: (made.append(path), path.write_text("x"))
-    assert place.once(tmp_path / "a/b", make) == place.once(tmp_path / "a/b", make) == tmp_path / "a/b" and len(made) == 1
+    assert (
+        place.once(tmp_path / "a/b", make) == place.once(tmp_path / "a/b", make) == tmp_path / "a/b"
+        and len(made) == 1
+    )
 
 
 def test_a_failing_script_is_told_of(tmp_path):
     with pytest.raises(ValueError, match="train.py ended with status 1, see .*log: error: nowhere"):
-        ex.Workplace().call(tmp_path / "log", "train.py", data="x.jsonl", llm="nowhere", out=tmp_path / "out", standardize=0)
+        ex.Workplace().call(
+            tmp_path / "log",
+            "train.py",
+            data="x.jsonl",
+            llm="nowhere",
+            out=tmp_path / "out",
+            standardize=0,
+        )
 
 
 def test_wrong_commands(tmp_path):
-    for arguments, said in ((["sing"], "neither run nor tables"), (["run", "--claims", "7"], "some of 1 to 6")):
+    for arguments, said in (
+        (["sing"], "neither run nor tables"),
+        (["run", "--claims", "7"], "some of 1 to 6"),
+    ):
         done = script("tools/experiments.py", *arguments)
         assert done.status == 1 and said in done.err
 
@@ -140,7 +217,9 @@ def test_wrong_commands(tmp_path):
 @pytest.mark.slow
 def test_quick(tmp_path, monkeypatch, smollm2_folder, tiny_en_folder):
     """Two arms from clips to lines, with the real scripts and small models."""
-    done = script("demo/prepare.py", *flags(models="", data_dir=tmp_path / "clips", n_train=27, n_test=9))
+    done = script(
+        "demo/prepare.py", *flags(models="", data_dir=tmp_path / "clips", n_train=27, n_test=9)
+    )
     assert done.status == 0, done.err
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
@@ -155,38 +234,60 @@ def test_quick(tmp_path, monkeypatch, smollm2_folder, tiny_en_folder):
     assert again.status == 0 and "0 runs to do, 2 done" in again.out
 
 
-# -- what predictions say ------------------------------------------------------------------------------------------------------------
+# -- what predictions say --------------------------------------------------------------------------
 
 
 def predicted(domain, attributes, right, text):
-    return {"domain": domain, "attributes": attributes, "answers": {"right": right, "text": text, "wrong": ""}, "loss": {"right": 8.0}, "target_tokens": 4}
+    return {
+        "domain": domain,
+        "attributes": attributes,
+        "answers": {"right": right, "text": text, "wrong": ""},
+        "loss": {"right": 8.0},
+        "target_tokens": 4,
+    }
 
 
 def test_naming():
     rows = [
         predicted("sound", {"Sound": "rain", "Volume": "loud"}, "loud rain", "rain"),
-        predicted("sound", {"Sound": "dog barking", "Volume": "quiet"}, "loud dogs barking", "a dog barking"),
+        predicted(
+            "sound",
+            {"Sound": "dog barking", "Volume": "quiet"},
+            "loud dogs barking",
+            "a dog barking",
+        ),
         predicted("music", {"Instrument": "piano"}, "an organ", "a piano"),
         predicted("music", {"Instrument": "violin"}, "a piano", "a violin"),
     ]
     found = ex.naming(rows)
     assert found["right"] == [1, 0] and found["text"] == [0.5, 1] and found["wrong"] == [0, 0]
     assert found["right, new class"] == [1, 0] and found["text, new class"] == [1, 1]
-    assert found["right, sound"] == [1] and found["right, music"] == [0] and found["right, speech"] == []
+    assert (
+        found["right, sound"] == [1]
+        and found["right, music"] == [0]
+        and found["right, speech"] == []
+    )
     assert found["loss right"] == 2
     rows = [row | {"loss": {"description": 4 * math.log(3)}} for row in rows]
-    assert ex.target_figures(rows) == {"perplexity": pytest.approx(3), "names": pytest.approx(3 / 4), "tokens": 4}
+    assert ex.target_figures(rows) == {
+        "perplexity": pytest.approx(3),
+        "names": pytest.approx(3 / 4),
+        "tokens": 4,
+    }
 
 
 def test_obeyed_and_chosen():
     rule = {"kind": "x", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
     rows = [rule | {"answers": {"description": "yes", "sound": said}} for said in ("no", "NO", "")]
     assert ex.obeyed(rows) == {"description": [1, 1, 1], "sound": [1, 0, 0], "delta": [0, -1, -1]}
-    rows = [{"choices": ["low", "high"], "answer": "low", "model_prediction": said} for said in ("It is low.", "high", "neither")]
+    rows = [
+        {"choices": ["low", "high"], "answer": "low", "model_prediction": said}
+        for said in ("It is low.", "high", "neither")
+    ]
     assert ex.chosen(rows) == {"accuracy": [1, 0, 0], "parsed": [1, 1, 0], "chance": 0.5}
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def line(name, seed, right, llm=ex.SMOLLM2, claim=1):
@@ -196,27 +297,48 @@ def line(name, seed, right, llm=ex.SMOLLM2, claim=1):
     }  # fmt: skip
     weights = {"0": [[0.25] * 4] * 3, "50": [[0.1, 0.2, 0.3, 0.4]] * 3}
     [key] = [run.key for run in ex.all_runs([claim]) if (run.name, run.seed) == (name, seed)]
-    return dict(claim=claim, name=name, seed=seed, llm=llm, key=key, results=results, tap_weights=weights)
+    return dict(
+        claim=claim, name=name, seed=seed, llm=llm, key=key, results=results, tap_weights=weights
+    )
 
 
 def test_tables_and_figures(tmp_path):
     lines = [line("by Qwen", seed, [0.25, 0.5, 0, 0.25] * 10) for seed in range(2)]
     lines += [line("own, T 0.05", seed, [0.75, 1, 0.5, 0.75] * 10) for seed in range(3)]
     lines.append(line("by Qwen", 2, [1, 1, 1, 1] * 10) | {"key": "of other settings"})
-    lines += [line("own, T 1", 0, [0.75, 1, 0.75, 0.5] * 10), line("Qwen: own", 0, [1, 0, 0, 1] * 10, llm=ex.QWEN)]
+    lines += [
+        line("own, T 1", 0, [0.75, 1, 0.75, 0.5] * 10),
+        line("Qwen: own", 0, [1, 0, 0, 1] * 10, llm=ex.QWEN),
+    ]
     page = tmp_path / "experiments.md"
-    page.write_text("".join(f"text {claim}\n<!-- table {claim} -->\nold\n<!-- end -->\n" for claim in ex.ORDER))
+    page.write_text(
+        "".join(f"text {claim}\n<!-- table {claim} -->\nold\n<!-- end -->\n" for claim in ex.ORDER)
+    )
     tables.write(lines, page, tmp_path)
     text = page.read_text()
-    assert "old" not in text and text.count("Not run yet.") == 5 and all(f"text {claim}\n" in text for claim in ex.ORDER)
+    assert (
+        "old" not in text
+        and text.count("Not run yet.") == 5
+        and all(f"text {claim}\n" in text for claim in ex.ORDER)
+    )
     rows = [row.split(" | ") for row in text.split("<!-- table 1 -->\n")[1].split("\n")[:6]]
-    assert [row[0] for row in rows[2:]] == ["| own, T 0.05", "| by Qwen", "| own, T 1", "| Qwen: own"], "the order of the runs' table"
+    assert [row[0] for row in rows[2:]] == [
+        "| own, T 0.05",
+        "| by Qwen",
+        "| own, T 1",
+        "| Qwen: own",
+    ], "the order of the runs' table"
     named = [row[2] for row in rows[2:]]
     assert named[0].startswith("0.750 (0.6") and "<br>" not in named[0]
-    assert named[1].startswith("0.250 (0.") and "<br>-0.500 (-0.500 to -0.500)" in named[1], "paired by clip"
+    assert named[1].startswith("0.250 (0.") and "<br>-0.500 (-0.500 to -0.500)" in named[1], (
+        "paired by clip"
+    )
     assert "<br>none (" in named[2] and "<br>" not in named[3], "compared within a backbone"
     assert rows[2][1] == "3" and rows[2][5] == "1.500" and rows[2][4].startswith("-0.500 (-0.")
-    assert all("</svg>" in (tmp_path / name).read_text() for name in ("experiments.svg", "experiments.taps.svg"))
+    assert all(
+        "</svg>" in (tmp_path / name).read_text()
+        for name in ("experiments.svg", "experiments.taps.svg")
+    )
     tables.write(lines, page, tmp_path)
     assert page.read_text() == text
     page.write_text("no marks")
@@ -226,7 +348,10 @@ def test_tables_and_figures(tmp_path):
 
 def test_the_page_holds_all_tables():
     text = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
-    assert all(text.count(f"<!-- table {claim} -->\n") == 1 for claim in ex.ORDER) and text.count("<!-- end -->") == 6
+    assert (
+        all(text.count(f"<!-- table {claim} -->\n") == 1 for claim in ex.ORDER)
+        and text.count("<!-- end -->") == 6
+    )
 
 
 def test_intervals_cover_clips_and_seeds():
@@ -242,12 +367,21 @@ def test_intervals_cover_clips_and_seeds():
     assert high_apart - low_apart > 1.3 * (high - low), "seeds that differ widen it"
 
 
-# -- what train.py and generate_data.py got for it ----------------------------------------------------------------------------------------
+# -- what train.py and generate_data.py got for it -------------------------------------------------
 
 
 def gradients(world, textbook, **options):
     torch.manual_seed(0)
-    model = DeSTA.from_pretrained(world.llm, world.whisper, None, torch.float32, "cpu", dropout=0.0, **world.adapter, **options)
+    model = DeSTA.from_pretrained(
+        world.llm,
+        world.whisper,
+        None,
+        torch.float32,
+        "cpu",
+        dropout=0.0,
+        **world.adapter,
+        **options,
+    )
     for name, p in model.trained().items():
         if "lora_B" in name:
             p.data.normal_(std=0.1)
@@ -270,10 +404,16 @@ def test_gradients_equal_the_textbooks(tiny_world, options):
     assert loss == pytest.approx(expected, abs=1e-5)
     assert ours.keys() == textbook.keys()
     for name, gradient in ours.items():
-        if gradient is None:  # the fast cross-attention drops the key's bias, which softmax does not see
-            assert name.endswith("crossattention.self.key.bias") and textbook[name].abs().max() < 1e-6
+        if (
+            gradient is None
+        ):  # the fast cross-attention drops the key's bias, which softmax does not see
+            assert (
+                name.endswith("crossattention.self.key.bias") and textbook[name].abs().max() < 1e-6
+            )
             continue
-        torch.testing.assert_close(gradient, textbook[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradient, textbook[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
     inside = [name for name in ours if name.startswith("llm_model.")]
     assert all(ours[name].any() for name in inside if "k_proj.bias" not in name)
     n_weights = {"train_llm": 2 + 2 * 9, "lora_rank": 2 * 3 * 2, "n_taps": 0}[next(iter(options))]
@@ -282,7 +422,8 @@ def test_gradients_equal_the_textbooks(tiny_world, options):
 
 def command(world, out, **changes):
     settings = dict(
-        data=world.data / "train.jsonl", eval_data=world.data / "test.jsonl", out=out, max_steps=2, global_batch=4, micro_batch=2, warmup=1,
+        data=world.data / "train.jsonl", eval_data=world.data / "test.jsonl", out=out, max_steps=2,
+        global_batch=4, micro_batch=2, warmup=1,
         standardize=4, eval_every=1, eval_rows=3, max_answer_tokens=300, **world.adapter,
     )  # fmt: skip
     return ["train.py", *world.models, *flags(**settings | changes)]
@@ -292,7 +433,9 @@ def command(world, out, **changes):
 def test_train_llm_trains_the_llm_and_is_loaded_again(tiny_world, tmp_path, float32, train_llm):
     done = script(*command(tiny_world, tmp_path, train_llm=train_llm, llm_lr=1e-2, save_every=1))
     assert done.status == 0, done.err
-    load = lambda *adapter: DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, *adapter, dtype=torch.float32, device="cpu")
+    load = lambda *adapter: DeSTA.from_pretrained(
+        tiny_world.llm, tiny_world.whisper, *adapter, dtype=torch.float32, device="cpu"
+    )
     before, after = load().llm.state_dict(), load(tmp_path / "adapter").llm.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert bool(changed) == train_llm and (not train_llm or len(changed) == len(before))
@@ -300,7 +443,14 @@ def test_train_llm_trains_the_llm_and_is_loaded_again(tiny_world, tmp_path, floa
     straight = read_jsonl(tmp_path / "log.jsonl")
     done = script(*command(tiny_world, tmp_path, train_llm=train_llm, llm_lr=1e-2, max_steps=3))
     assert done.status == 0 and f"continuing {tmp_path} at step 2" in done.out
-    again = script(*command(tiny_world, tmp_path / "on", init_from=tmp_path / "checkpoints/step_00000002/adapter", max_steps=1))
+    again = script(
+        *command(
+            tiny_world,
+            tmp_path / "on",
+            init_from=tmp_path / "checkpoints/step_00000002/adapter",
+            max_steps=1,
+        )
+    )
     assert again.status == 0, again.err
     first = read_jsonl(tmp_path / "on/log.jsonl")[0]
     last = [record for record in straight if "eval_loss" in record][-1]
@@ -308,7 +458,15 @@ def test_train_llm_trains_the_llm_and_is_loaded_again(tiny_world, tmp_path, floa
 
 
 def test_the_llm_has_a_rate_of_its_own(tiny_world):
-    model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, None, torch.float32, "cpu", **tiny_world.adapter, lora_rank=2)
+    model = DeSTA.from_pretrained(
+        tiny_world.llm,
+        tiny_world.whisper,
+        None,
+        torch.float32,
+        "cpu",
+        **tiny_world.adapter,
+        lora_rank=2,
+    )
     settings = train.Settings(lr=1e-3, llm_lr=2e-4)
     optimizer = train.make_optimizer(settings, model)
     weights = list(model.trained().values())
@@ -318,13 +476,17 @@ def test_the_llm_has_a_rate_of_its_own(tiny_world):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 1e-4])
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(weights) - 12, 12]
     settings = train.Settings(lr=1e-3)
-    assert [group.get("share", 1) for group in train.make_optimizer(settings, model).param_groups] == [1, 1]
+    assert [
+        group.get("share", 1) for group in train.make_optimizer(settings, model).param_groups
+    ] == [1, 1]
 
 
 def test_last_taps_alone(tiny_world, tmp_path, float32):
     done = script(*command(tiny_world, tmp_path, n_taps=1))
     assert done.status == 0, done.err
-    model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "adapter", torch.float32, "cpu")
+    model = DeSTA.from_pretrained(
+        tiny_world.llm, tiny_world.whisper, tmp_path / "adapter", torch.float32, "cpu"
+    )
     assert model.taps == [3] and model.adapter.layer_weights.shape == (4, 1)
     records = [record for record in read_jsonl(tmp_path / "log.jsonl") if "eval_loss" in record]
     assert [record["tap_weights"] for record in records] == [[[1.0]] * 4] * 3
@@ -348,9 +510,21 @@ def test_no_instruction(tiny_world, tmp_path, float32):
     """An empty file: the description alone is answered, and nothing stands after the slot."""
     for domain in ("speech", "sound", "music"):
         (tmp_path / f"{domain}.txt").write_text("\n" if domain == "music" else "")
-    settings = dict(metadata=tiny_world.data / "test.metadata.jsonl", instructions=tmp_path, out=tmp_path / "out.jsonl", max_new_tokens=4, keep_truncated=1)
+    settings = dict(
+        metadata=tiny_world.data / "test.metadata.jsonl",
+        instructions=tmp_path,
+        out=tmp_path / "out.jsonl",
+        max_new_tokens=4,
+        keep_truncated=1,
+    )
     done = script("generate_data.py", *tiny_world.models, *flags(**settings), "--system", "Hear.")
     assert done.status == 0, done.err
     rows = read_jsonl(tmp_path / "out.jsonl")
-    assert len(rows) == 6 and all(row["prompt"] == "" and row["messages"][-1]["content"] == "<start_audio><|AUDIO|><end_audio>" for row in rows)
-    assert "speech.txt is empty: the LLM answers the description without any instruction" in done.err
+    assert len(rows) == 6 and all(
+        row["prompt"] == ""
+        and row["messages"][-1]["content"] == "<start_audio><|AUDIO|><end_audio>"
+        for row in rows
+    )
+    assert (
+        "speech.txt is empty: the LLM answers the description without any instruction" in done.err
+    )

@@ -51,7 +51,9 @@ def test_command(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write(json.dumps(log()[1])[:-4])  # a line that is being written
     done = script("tools/plot.py", tmp_path, "--out", tmp_path / "curves.svg")
-    assert done.status == 0 and "</svg>" in (tmp_path / "curves.svg").read_text(encoding="utf-8"), done.err
+    assert done.status == 0 and "</svg>" in (tmp_path / "curves.svg").read_text(encoding="utf-8"), (
+        done.err
+    )
     for arguments, said in (([], "name the folders"), ([tmp_path / "none"], "log.jsonl is missing"),
                             (["--speed", tmp_path / "log.jsonl"], "no result of")):  # fmt: skip
         done = script("tools/plot.py", *arguments)

@@ -1,4 +1,6 @@
-"""qformer.py against transformers' BERT, layer by layer; the official sizes and names; standardized taps; dtypes and dropout."""
+"""qformer.py against transformers' BERT, layer by layer; the official sizes and names; standardized
+taps; dtypes and dropout.
+"""
 
 import pytest
 import torch
@@ -15,32 +17,52 @@ TINY = QFormerConfig(d_model=64, n_heads=4, d_llm=48, n_layers=3, n_queries=5, d
 
 
 class ReferenceQFormer(torch.nn.Module):
-    """The official adapter put together from transformers' parts, one call per tap. Its attribute names make the official tensor names."""
+    """The official adapter put together from transformers' parts, one call per tap. Its attribute
+    names make the official tensor names.
+    """
 
     def __init__(self, c):
         super().__init__()
         bert = transformers.BertConfig(
-            hidden_size=c.d_model, num_attention_heads=c.n_heads, num_hidden_layers=c.n_layers, intermediate_size=c.d_ff,
-            is_decoder=True, add_cross_attention=True, attn_implementation="eager",  # eager: no mask but the one that is given
+            hidden_size=c.d_model, num_attention_heads=c.n_heads, num_hidden_layers=c.n_layers,
+            intermediate_size=c.d_ff,
+            is_decoder=True, add_cross_attention=True, attn_implementation="eager",
+            # eager: no mask but the one that is given
         )  # fmt: skip
-        self.layer_prompts = torch.nn.ParameterList(torch.empty(1, c.n_queries, c.d_model) for _ in range(c.n_taps))
+        self.layer_prompts = torch.nn.ParameterList(
+            torch.empty(1, c.n_queries, c.d_model) for _ in range(c.n_taps)
+        )
         self.layer_weights = torch.nn.Parameter(torch.empty(c.n_queries, c.n_taps))
         self.qformer = BertEncoder(bert)
-        self.proj = torch.nn.Sequential(torch.nn.LayerNorm(c.d_model), torch.nn.Linear(c.d_model, c.d_llm))
+        self.proj = torch.nn.Sequential(
+            torch.nn.LayerNorm(c.d_model), torch.nn.Linear(c.d_model, c.d_llm)
+        )
 
     def forward(self, taps):
         mix, mixed = self.layer_weights.softmax(-1), 0
         for i, queries in enumerate(self.layer_prompts):
-            x, everything_visible = queries.expand(len(taps), -1, -1), torch.zeros(1, 1, queries.shape[1], queries.shape[1])
-            seen = self.qformer(x, attention_mask=everything_visible, encoder_hidden_states=taps[:, i]).last_hidden_state
+            x, everything_visible = (
+                queries.expand(len(taps), -1, -1),
+                torch.zeros(1, 1, queries.shape[1], queries.shape[1]),
+            )
+            seen = self.qformer(
+                x, attention_mask=everything_visible, encoder_hidden_states=taps[:, i]
+            ).last_hidden_state
             mixed = mixed + mix[:, i, None] * seen
         return self.proj(mixed)
 
 
 def outputs_by_name(module, names, run):
-    """{name of a submodule: its outputs, call by call} while run() runs, which is called once; plus run()'s own result as ""."""
+    """{name of a submodule: its outputs, call by call} while run() runs, which is called once; plus
+    run()'s own result as "".
+    """
     seen = {name: [] for name in names}
-    hooks = [module.get_submodule(n).register_forward_hook(lambda _, inputs, output, n=n: seen[n].append(output)) for n in names]
+    hooks = [
+        module.get_submodule(n).register_forward_hook(
+            lambda _, inputs, output, n=n: seen[n].append(output)
+        )
+        for n in names
+    ]
     result = run()
     for hook in hooks:
         hook.remove()
@@ -59,41 +81,90 @@ def test_equals_bert_layer_by_layer(path):
     torch.manual_seed(0)
     ours, reference = randomize(QFormer(TINY)), ReferenceQFormer(TINY).eval()
     reference.load_state_dict(ours.state_dict())  # strict: the same names and shapes
-    taps = torch.randn(2, 4, 30, 64)  # at three times the size the reference itself is 2e-5 from its own result in float64
-    names = [f"qformer.layer.{n}.{part}" for n in range(3) for part in ("attention.output", "crossattention.output", "output")] + ["proj.0"]
-    mine, theirs = outputs_by_name(ours, names, lambda: ours(taps)), outputs_by_name(reference, names, lambda: reference(taps))
+    taps = torch.randn(
+        2, 4, 30, 64
+    )  # at three times the size the reference itself is 2e-5 from its own result in float64
+    names = [
+        f"qformer.layer.{n}.{part}"
+        for n in range(3)
+        for part in ("attention.output", "crossattention.output", "output")
+    ] + ["proj.0"]
+    mine, theirs = (
+        outputs_by_name(ours, names, lambda: ours(taps)),
+        outputs_by_name(reference, names, lambda: reference(taps)),
+    )
     for name in names[:-1]:
-        expected = torch.stack(theirs[name], 1).flatten(0, 1)  # they call once per tap, ours is one batch of 2 * 4
-        torch.testing.assert_close(mine[name][0], expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name} is the first to differ: {m}")
-    for name, what in (("proj.0", "mixing of the taps, or the LayerNorm after it,"), ("", "last Linear")):
-        torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-5, msg=lambda m, what=what: f"the {what} differs: {m}")
+        expected = torch.stack(theirs[name], 1).flatten(
+            0, 1
+        )  # they call once per tap, ours is one batch of 2 * 4
+        torch.testing.assert_close(
+            mine[name][0],
+            expected,
+            atol=1e-5,
+            rtol=1e-5,
+            msg=lambda m, name=name: f"{name} is the first to differ: {m}",
+        )
+    for name, what in (
+        ("proj.0", "mixing of the taps, or the LayerNorm after it,"),
+        ("", "last Linear"),
+    ):
+        torch.testing.assert_close(
+            mine[name],
+            theirs[name],
+            atol=1e-5,
+            rtol=1e-5,
+            msg=lambda m, what=what: f"the {what} differs: {m}",
+        )
 
 
 def test_official_size():
     with torch.device("meta"):
-        adapter = QFormer(QFormerConfig(d_model=1280, n_heads=20, d_llm=4096))  # Whisper large-v3, Llama-3.1-8B
+        adapter = QFormer(
+            QFormerConfig(d_model=1280, n_heads=20, d_llm=4096)
+        )  # Whisper large-v3, Llama-3.1-8B
     assert sum(p.numel() for p in adapter.parameters()) == 131_540_224
     shapes = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    linears = [f"{part}.self.{name}" for part in ("attention", "crossattention") for name in ("query", "key", "value")]
+    linears = [
+        f"{part}.self.{name}"
+        for part in ("attention", "crossattention")
+        for name in ("query", "key", "value")
+    ]
     linears += ["attention.output.dense", "crossattention.output.dense"]
     d = 1280
     expected = {f"layer_prompts.{i}": (1, 64, d) for i in range(4)} | {"layer_weights": (64, 4)}
     for n in range(6):
-        layer = {f"{name}.weight": (d, d) for name in linears} | {f"{name}.bias": (d,) for name in linears}
+        layer = {f"{name}.weight": (d, d) for name in linears} | {
+            f"{name}.bias": (d,) for name in linears
+        }
         layer |= {"intermediate.dense.weight": (3072, d), "intermediate.dense.bias": (3072,)}
         layer |= {"output.dense.weight": (d, 3072), "output.dense.bias": (d,)}
-        layer |= {f"{part}output.LayerNorm.{name}": (d,) for part in ("attention.", "crossattention.", "") for name in ("weight", "bias")}
+        layer |= {
+            f"{part}output.LayerNorm.{name}": (d,)
+            for part in ("attention.", "crossattention.", "")
+            for name in ("weight", "bias")
+        }
         expected |= {f"qformer.layer.{n}.{name}": shape for name, shape in layer.items()}
-    expected |= {"proj.0.weight": (d,), "proj.0.bias": (d,), "proj.1.weight": (4096, d), "proj.1.bias": (4096,)}
+    expected |= {
+        "proj.0.weight": (d,),
+        "proj.0.bias": (d,),
+        "proj.1.weight": (4096, d),
+        "proj.1.bias": (4096,),
+    }
     assert shapes == expected
 
 
 def test_official_start():
-    """Queries N(0, 1), taps mixed evenly, Linear layers with PyTorch's own start and not BERT's N(0, 0.02)."""
+    """Queries N(0, 1), taps mixed evenly, Linear layers with PyTorch's own start and not BERT's
+    N(0, 0.02).
+    """
     torch.manual_seed(0)
     adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=48))
     queries = torch.cat(list(adapter.layer_prompts))
-    assert abs(queries.std() - 1) < 0.02 and abs(queries.mean()) < 0.02 and not adapter.layer_weights.any()
+    assert (
+        abs(queries.std() - 1) < 0.02
+        and abs(queries.mean()) < 0.02
+        and not adapter.layer_weights.any()
+    )
     weight = adapter.qformer.layer[0].attention.self["query"].weight
     assert 0.95 / 8 < weight.abs().max() <= 1 / 8, "uniform within 1 / sqrt(d_model)"
 
@@ -107,11 +178,15 @@ def test_standardized_taps_are_folded_into_the_official_file():
     plain = ours(taps)
     ours.tap_mean.copy_(mean), ours.tap_std.copy_(std)
     expected = ours(taps)
-    assert (expected - plain).abs().max() > 0.1, "standardizing made no difference: this test shows nothing"
+    assert (expected - plain).abs().max() > 0.1, (
+        "standardizing made no difference: this test shows nothing"
+    )
     folded.load_state_dict(ours.state_to_save())
     torch.testing.assert_close(folded(taps), expected, atol=1e-5, rtol=1e-5)
     ours.tap_mean.zero_(), ours.tap_std.fill_(1)
-    assert torch.equal(ours(taps), plain), "state_to_save must leave the weights being trained alone"
+    assert torch.equal(ours(taps), plain), (
+        "state_to_save must leave the weights being trained alone"
+    )
 
 
 def test_bf16_in_bf16_out_with_float32_gradients(path):
@@ -122,18 +197,27 @@ def test_bf16_in_bf16_out_with_float32_gradients(path):
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16 and out.shape == (2, 5, 48)
     assert (out.float() - adapter(taps)).norm() / out.float().norm() < 0.05
-    for name, p in adapter.named_parameters():  # softmax over keys cannot see a key bias: that gradient is rounding noise
+    for (
+        name,
+        p,
+    ) in (
+        adapter.named_parameters()
+    ):  # softmax over keys cannot see a key bias: that gradient is rounding noise
         assert p.dtype == torch.float32
         assert "key.bias" in name or p.grad.dtype == torch.float32 and p.grad.any(), name
 
 
 def test_dropout(path, monkeypatch):
-    """In training only: on each of the three outputs of a layer, and on the weights of both attentions."""
+    """In training only: on each of the three outputs of a layer, and on the weights of both
+    attentions.
+    """
     torch.manual_seed(0)
     adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=48, n_layers=2, n_queries=5))
     taps, rates, dropout = torch.randn(1, 4, 10, 64), [], F.dropout
 
-    def seen_dropout(x, p, training=True):  # a fast cross-attention drops its own weights, (B, H * N, T)
+    def seen_dropout(
+        x, p, training=True
+    ):  # a fast cross-attention drops its own weights, (B, H * N, T)
         rates.append(("weights" if x.shape[-1] == taps.shape[2] else "output", p * training))
         return dropout(x, p, training)
 
@@ -153,14 +237,21 @@ def test_dropout(path, monkeypatch):
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_fast_cross_attention_equals_the_textbook(rate, monkeypatch):
-    """With the same weights dropped: the value's bias counts as often as the weights that are left sum to."""
+    """With the same weights dropped: the value's bias counts as often as the weights that are left
+    sum to.
+    """
     torch.manual_seed(0)
     layer = randomize(QFormer(TINY)).qformer.layer[0].crossattention
     layer.dropout = rate
     x, audio = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 30, 64)
     kept = (torch.rand(2, 4, 5, 30) >= rate) / (1 - rate)
-    monkeypatch.setattr(F, "dropout", lambda w, p, training: w * kept.view(w.shape) if w.shape[-1] == 30 else w)
-    monkeypatch.setattr("qformer.attend", lambda q, k, v, dropout: F.dropout((q @ k.mT / 4).softmax(-1), rate, True) @ v)
+    monkeypatch.setattr(
+        F, "dropout", lambda w, p, training: w * kept.view(w.shape) if w.shape[-1] == 30 else w
+    )
+    monkeypatch.setattr(
+        "qformer.attend",
+        lambda q, k, v, dropout: F.dropout((q @ k.mT / 4).softmax(-1), rate, True) @ v,
+    )
     results = []
     for textbook in (True, False):
         monkeypatch.setattr(fast, "textbook", textbook)
