@@ -6,5 +6,6 @@
 # Leaves data/long/ and out/longrun/ (adapter, log, predictions, report.html).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export CLIPS=${CLIPS:-3000} TEST_CLIPS=${TEST_CLIPS:-300} EPOCHS=${EPOCHS:-4} DATA=${DATA:-data/long} OUT=${OUT:-out/longrun}
+export CLIPS=${CLIPS:-3000} TEST_CLIPS=${TEST_CLIPS:-300} EPOCHS=${EPOCHS:-4}
+export DATA=${DATA:-data/long} OUT=${OUT:-out/longrun}
 bash runs/speedrun.sh

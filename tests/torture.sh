@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The slow tests: hundreds of faults against tiny models (kills, full disks, bad files, absurd settings, a long run).
+# The slow tests: hundreds of faults against tiny models (kills, full disks, bad files, absurd settings,
+# a long run).
 # Some ten minutes on a core.
 #     bash tests/torture.sh                    # or a part of it: bash tests/torture.sh -k kill
 set -euo pipefail
