@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parent.parent / "demo"
 FILES = {"clip": FOLDER / "unseen.jsonl", "text": FOLDER / "unseen.text.jsonl"}
 MAX_NEW_TOKENS = 128  # not the adapter's limit: the longest instruction asks for 40 words
 FIELDS = ("kind", "instruction", "instruction_id_list", "kwargs")
+WAYS = ("description", "sound", "wrong_clip")  # what stands in the clip's place
 OWN = {
     "detectable_format:json_keys": lambda t, keys: (
         ifeval.is_json(t) and all(re.search(rf'"{key}"\s*:', t) for key in keys)
@@ -85,18 +86,23 @@ def pair(rows, instructions, number):
     return chosen
 
 
-def load(path, audio_root, pairs=180, asked="clip", system=None, text_only=False):
+def load(path, audio_root, pairs=180, asked="clip", ways="", system=None, text_only=False):
     """Rows with "messages", those about a clip with "wrong_messages", too.
 
     path: the held-out rows (see heldout.load); not read with asked="text", which asks each
     instruction once. system: a system prompt, or a .json of messages, to stand before the question.
     Without it that is what the adapter was trained with; before a text, nothing.
-    text_only: answer() then has no model that hears, and asks with the description alone.
+    ways: some of WAYS, with commas, by default all: fewer take less time.
+    text_only: answer() then has no model that hears: the only way is the description.
     """
     from model import AUDIO, read_context, with_context  # here, so that scoring needs no torch
 
     if asked not in FILES:
         raise ValueError(f"asked: {asked!r} is none of {', '.join(FILES)}")
+    ways = [way.strip() for way in ways.split(",")] if ways else list(WAYS)
+    if unknown := set(ways) - set(WAYS):
+        raise ValueError(f"ways: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
+    ways = ["description"] if text_only else ways
     instructions = read_instructions(FILES[asked])
     context = read_context(system) if system else None
     if asked == "text":
@@ -112,7 +118,7 @@ def load(path, audio_root, pairs=180, asked="clip", system=None, text_only=False
     rows = []
     for row, one in pair(list(clips.values()), instructions, pairs):
         result = {"id": f"{row['id']}/{len(rows)}", "clip": row["id"], "domain": row["domain"]}
-        result |= one | {"description": row["seed_description"]}
+        result |= one | {"description": row["seed_description"], "ways": ways}
         for key in ("messages", "wrong_messages"):
             *before, question = row[key]
             question = question | {"content": f"{AUDIO}\n\n{one['instruction']}"}
@@ -122,18 +128,15 @@ def load(path, audio_root, pairs=180, asked="clip", system=None, text_only=False
 
 
 def answer(model, rows, max_new_tokens, root, **options):
-    """The rows with "answers", {way: text}: with the description, the sound, a wrong clip's sound.
-
-    Without a clip the only way is text; a model without Whisper reads the description alone.
-    """
+    """The rows with "answers", {way: text}. Without a clip the only way is text."""
     from model import description_slot
 
-    in_words = description_slot(model.tokenizer)
-    ways = {"description": ("messages", in_words)}
-    if "clip" not in rows[0]:
-        ways = {"text": ("messages", None)}
-    elif model.whisper:
-        ways |= {"sound": ("messages", None), "wrong_clip": ("wrong_messages", None)}
+    ways = {
+        "description": ("messages", description_slot(model.tokenizer)),
+        "sound": ("messages", None),
+        "wrong_clip": ("wrong_messages", None),
+    }
+    ways = {way: ways[way] for way in rows[0].get("ways", ())} or {"text": ("messages", None)}
     answers = {
         way: model.generate(
             [row[key] for row in rows], max_new_tokens, root=root, fill=fill, **options
@@ -141,7 +144,7 @@ def answer(model, rows, max_new_tokens, root, **options):
         for way, (key, fill) in ways.items()
     }
     return [
-        common.without(row, "messages", "wrong_messages")
+        common.without(row, "messages", "wrong_messages", "ways")
         | {"answers": {way: answers[way][i] for way in ways}}
         for i, row in enumerate(rows)
     ]

@@ -392,6 +392,11 @@ def test_from_held_out_rows_to_score(tiny_world, model, command, tmp_path, float
     assert scores == json.loads(json.dumps(obey.score(rows))) and len(scores["kinds"]) == 15
     again = script("eval.py", *flags(task="obey", score=out, adapter=tmp_path / "nowhere"))
     assert again.status == 0 and again.out.splitlines()[-1] == done.out.splitlines()[-1]
+    fewer = json.dumps(dict(pairs=18, ways="sound,description"))
+    done = script(*command(tmp_path / "q.jsonl", options=fewer))
+    assert done.status == 0 and [row["answers"] for row in read_jsonl(tmp_path / "q.jsonl")] == [
+        {way: row["answers"][way] for way in ("sound", "description")} for row in rows
+    ], done.err
 
 
 def test_another_context_and_the_llm_alone(tiny_world, model, command, tmp_path, float32):
@@ -449,6 +454,7 @@ def test_text_alone(model, command, tmp_path, float32):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(options='{"asked": "song"}'), "asked: 'song' is none of clip, text"),
+    (dict(options='{"ways": "hum"}'), "ways: hum is none of description, sound, wrong_clip"),
     (dict(options='{"pairs": 1000}'), "pairs: these 6 clips give only 360 of 1000"),
     (dict(options='{"pair": 3}'), "--task obey takes no pair"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl is missing"),

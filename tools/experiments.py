@@ -372,10 +372,13 @@ class Workplace:
             flags, options = dict(limit=self.n_targets), dict(ways="description")
         elif test in ("seen", "new", "vectors"):
             data, read = self.held_out(run.llm, test), naming
-            options = dict(ways="vectors" if test == "vectors" else "right,wrong,description")
+            ways = {"seen": "right,wrong,description", "new": "right,description"}
+            options = dict(ways=ways.get(test, test))
         elif test in ("obey", "text"):
             data, read, task = self.held_out(run.llm, "seen"), obeyed, "obey"
-            options = dict(asked="text") if test == "text" else dict(pairs=self.pairs)
+            options = dict(asked="text")
+            if test == "obey":
+                options = dict(pairs=self.pairs, ways="description,sound")
             flags = dict(max_new_tokens=80)  # the longest instruction asks for 40 words
         else:
             ask = dict(metadata=self.metadata("test"))
