@@ -38,17 +38,18 @@ class Settings:
 
 def questions(clips):
     """Metadata rows -> MMAU rows. A clip's draw depends on its id alone."""
-    values = {}
+    values = {}  # each in one spelling: "Male" is no choice beside another corpus's "male"
     for clip in clips:
         for name, value in clip["segments"][0]["attributes"].items():
-            values.setdefault((clip["domain"], name), set()).add(value)
+            values.setdefault((clip["domain"], name), {}).setdefault(value.lower(), value)
     for clip in clips:
         draw, attributes = random.Random(clip["id"]), clip["segments"][0]["attributes"]
         names = [name for name in attributes if len(values[clip["domain"], name]) > 1]
         if not names:
             continue
         name = draw.choice(names)
-        others = sorted(values[clip["domain"], name] - {attributes[name]})
+        spelled = values[clip["domain"], name]
+        others = sorted(spelled[key] for key in spelled if key != attributes[name].lower())
         choices = [attributes[name], *draw.sample(others, min(3, len(others)))]
         draw.shuffle(choices)
         yield {

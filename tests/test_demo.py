@@ -23,6 +23,7 @@ pytest.importorskip("espeakng_loader")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT)]
 import convert  # noqa: E402
+import mmau  # noqa: E402
 import prepare  # noqa: E402
 import speech  # noqa: E402
 import synth  # noqa: E402
@@ -496,3 +497,25 @@ def test_whisper_hears(weights):
         whisper.float().generate(mel, max_new_tokens=30), skip_special_tokens=True
     )[0]
     assert text.strip().lower() == "my brother grows tomatoes behind the house."
+
+
+# -- questions in MMAU's form ----------------------------------------------------------------------
+
+
+def test_choices_are_other_values_each_in_one_spelling():
+    label = lambda i, **attributes: {
+        "id": f"{i}.wav",
+        "dataset": "tiny",
+        "domain": "speech",
+        "segments": [{"start": 0, "end": 1, "attributes": attributes}],
+    }
+    clips = [
+        label(i, Gender=gender) for i, gender in enumerate(("Male", "male", "female", "Female"))
+    ]
+    clips += [label("one", Language="English"), label("two", Language="english")]
+    rows = list(mmau.questions(clips))
+    assert [row["id"] for row in rows] == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    for row, other in zip(rows, ("female", "female", "Male", "Male")):
+        gender = row["answer"]
+        assert sorted(row["choices"]) == sorted([gender, other]) and row["difficulty"] == "easy"
+        assert row["question"] == "What is the gender?" and gender in row["description"]
