@@ -9,10 +9,10 @@
 # A second run skips what is done, Ctrl-C loses nothing finished. To see that everything works:
 #   CORPORA=DIR CLIPS=12 TEST_CLIPS=4 STEPS=3 DATA=data/few OUT=out/few bash runs/real.sh
 #
-# Models and optimisation are the recipe "demo" of recipes.py, but for seven passes over the data at
-# half its rate, 32 queries and windows as long as the clips (LOG.md says what each brings); the worked
-# examples before the question are those of demo/real/context.json. Leaves weights/, data/real/,
-# out/real/ (adapter, log, predictions, report.html); with Qwen data/real-qwen/ and so on.
+# Models and optimisation are the recipe "demo" of recipes.py, but for seven passes over the data, 32
+# queries and windows as long as the clips (LOG.md says what each brings); the worked examples before
+# the question are those of demo/real/context.json. Leaves weights/, data/real/, out/real/ (adapter,
+# log, predictions, report.html); with Qwen data/real-qwen/ and so on.
 set -euo pipefail
 CORPORA=$(cd "${CORPORA:-/nonexistent}" 2>/dev/null && pwd || echo "${CORPORA:-}")
 cd "$(dirname "$0")/.."
@@ -112,7 +112,7 @@ step "held-out targets" targets test "$test"
 step "targets" targets train "$train"
 step "training" run train.py --llm $LLM $TRAIN --data "$DATA/all.train.jsonl" \
     --eval_data "$DATA/all.test.jsonl" --audio_root "$DATA" --out "$OUT" \
-    --fit_window 1 --n_queries 32 --lr 5e-4 --epochs "${EPOCHS:-7}" ${STEPS:+--max_steps "$STEPS"} \
+    --fit_window 1 --n_queries 32 --epochs "${EPOCHS:-7}" ${STEPS:+--max_steps "$STEPS"} \
     --eval_every 250 --save_every 50
 step "evaluation" run eval.py --data "$DATA/all.test.jsonl" --audio_root "$DATA" \
     --adapter "$OUT/adapter" --out "$OUT/predictions.jsonl"

@@ -82,7 +82,7 @@ def do(name, train, test, s):
         test_file, adapter = folder / "test.jsonl", folder / "adapter"
         training = ["train.py", "--data", folder / "train.jsonl", "--eval_data", "", *common]
         training += ["--out", folder, "--max_steps", s.max_steps]
-        training += ["--fit_window", 1, "--n_queries", 32, "--lr", 5e-4]  # as runs/real.sh
+        training += ["--fit_window", 1, "--n_queries", 32]  # as runs/real.sh
         evaluation = ["eval.py", "--data", test_file, *common, "--adapter", adapter]
         evaluation += ["--out", folder / "predictions.jsonl"]
         for command in (training, evaluation):

@@ -77,7 +77,7 @@ TARGETS = {
 # demo/context.json holds worked answers, which every backbone copies: all targets would be alike.
 GENERATE = dict(system=ROOT / "demo/context.prose.json", max_new_tokens=48, keep_truncated=1)
 TRAIN = dict(
-    max_steps=300, eval_every=60, eval_rows=24, save_every=50, keep=1, max_answer_tokens=64
+    lr=5e-4, max_steps=300, eval_every=60, eval_rows=24, save_every=50, keep=1, max_answer_tokens=64
 )
 LORA = dict(lora_rank=16, llm_lr=2e-4)
 ALL = dict(train_llm=1, llm_lr=2e-5, max_steps=120)  # 6.5 s a step in float32: at most 15 minutes
