@@ -267,6 +267,7 @@ def test_naming():
         and found["right, music"] == [0]
         and found["right, speech"] == []
     )
+    assert found["chance"] == [0.5, 1], "the answer to the next clip of the domain"
     assert found["loss right"] == 2
     rows = [row | {"loss": {"description": 4 * math.log(3)}} for row in rows]
     assert ex.target_figures(rows) == {

@@ -176,6 +176,17 @@ def named(rows, way, wanted):
     return shares
 
 
+def next_answers(rows):
+    """Each clip with the answer to the next one of its domain: what is named by chance."""
+    found = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        mine = [row for row in rows if row["domain"] == domain]
+        answers = [row["answers"] for row in mine]
+        shifted = answers[1:] + answers[:1]
+        found += [row | {"answers": other} for row, other in zip(mine, shifted)]
+    return found
+
+
 def naming(rows):
     """Clips of held-out classes count as "new class" alone, by the attribute that makes them so."""
     new = lambda row: [name for name, value in row["attributes"].items() if is_new(name, value)]
@@ -186,6 +197,8 @@ def naming(rows):
         for domain in ("speech", "sound", "music"):
             mine = [row for row in rows if row["domain"] == domain]
             figures[f"{way}, {domain}"] = named(mine, way, seen)
+    if "right" in figures:
+        figures["chance"] = named(next_answers(rows), "right", seen)
     tokens = sum(row["target_tokens"] for row in rows)
     for way in rows[0]["loss"]:
         figures[f"loss {way}"] = sum(row["loss"][way] for row in rows) / tokens
@@ -366,31 +379,42 @@ class Workplace:
     def test(self, run, test):
         """-> {figure: a number, or one for each clip}"""
         folder, task, flags, options = self.out / run.key, "heldout", {}, {}
+        # What the LLM says that reads the description: where it is frozen, the same in all runs.
+        shared = self.out / f"{short(run.llm)}-text"
+        frozen = not {"lora_rank", "train_llm"} & set(run.train)
         if test == "targets":  # of a set and an LLM, whatever was trained
             folder = self.out / f"{short(run.llm)}-{run.targets}-targets"
             data, read = self.targets(run.targets), target_figures
             flags, options = dict(limit=self.n_targets), dict(ways="description")
         elif test in ("seen", "new", "vectors"):
             data, read = self.held_out(run.llm, test), naming
-            ways = {"seen": "right,wrong,description", "new": "right,description"}
-            options = dict(ways=ways.get(test, test))
+            options = dict(ways="vectors" if test == "vectors" else "right,description")
         elif test in ("obey", "text"):
             data, read, task = self.held_out(run.llm, "seen"), obeyed, "obey"
             options = dict(asked="text")
             if test == "obey":
-                options = dict(pairs=self.pairs, ways="description,sound")
+                options = dict(pairs=self.pairs, ways="sound" if frozen else "description,sound")
             flags = dict(max_new_tokens=80)  # the longest instruction asks for 40 words
         else:
             ask = dict(metadata=self.metadata("test"))
             make = lambda path: self.call(self.out / "mmau.log", "demo/mmau.py", out=path, **ask)
             data, read, task = self.once(self.data / "mmau.json", make), chosen, "mmau"
             flags = dict(cot=int("cot" in test), max_new_tokens=128 if "cot" in test else 32)
-            if "text" in test:  # the LLM reads the description: the same for all adapters
-                folder, flags["text_only"] = self.out / f"{short(run.llm)}-text", 1
-        adapter, log = self.adapter(run), folder / f"{test}.log"
-        flags |= dict(task=task, data=data, audio_root=self.clips, options=json.dumps(options))
-        make = lambda path: self.call(log, "eval.py", out=path, adapter=adapter, **flags)
-        figures = read(read_rows(self.once(folder / f"{test}.jsonl", make)))
+            if "text" in test:
+                folder, flags["text_only"] = shared, 1
+        adapter = self.adapter(run)
+        flags |= dict(task=task, data=data, audio_root=self.clips, adapter=adapter)
+
+        def ask(folder, options):
+            log, given = folder / f"{test}.log", flags | dict(options=json.dumps(options))
+            make = lambda path: self.call(log, "eval.py", out=path, **given)
+            return read_rows(self.once(folder / f"{test}.jsonl", make))
+
+        rows = ask(folder, options)
+        if test == "obey" and frozen:
+            for row, described in zip(rows, ask(shared, options | dict(ways="description"))):
+                row["answers"] |= described["answers"]
+        figures = read(rows)
         if test == "text":
             log, this = folder / "text_loss.log", "tools/experiments.py text_loss"
             make = lambda path: self.call(log, this, out=path, adapter=adapter)
