@@ -115,9 +115,9 @@ def test_lora_is_gone_on_from_as_well(tiny_world, trained, tmp_path, float32):
 
 def test_flags_that_contradict_the_adapter_are_refused(tiny_world, trained, tmp_path):
     done = go_on(tiny_world, trained, tmp_path, n_queries=5)
-    assert (
-        done.status == 1 and "--n_queries 5" in done.err and f"{trained}/adapter has 4" in done.err
-    )
+    assert done.status == 1
+    assert "--n_queries 5" in done.err
+    assert f"{trained}/adapter has 4" in done.err
 
 
 def test_flag_then_adapter_then_recipe(trained):
@@ -126,7 +126,9 @@ def test_flag_then_adapter_then_recipe(trained):
     )
     inherit(settings, trained / "adapter", ("audio_seconds", "n_layers", "llm"))
     saved = DeSTAConfig.from_adapter(trained / "adapter")
-    assert settings.audio_seconds == 2 and settings.n_layers == 1 and settings.llm == saved.llm
+    assert settings.audio_seconds == 2
+    assert settings.n_layers == 1
+    assert settings.llm == saved.llm
 
 
 # -- asking ----------------------------------------------------------------------------------------
@@ -137,18 +139,17 @@ def test_the_adapter_knows_how_to_be_asked(tiny_world, trained):
     the adapter's folder alone.
     """
     saved = DeSTAConfig.from_adapter(trained / "adapter")
-    assert (
-        saved.context == [{"role": "system", "content": "You hear a clip."}]
-        and saved.max_answer_tokens == 300
-    )
-    assert saved.llm == str(tiny_world.llm) and saved.whisper == str(tiny_world.whisper)
+    assert saved.context == [{"role": "system", "content": "You hear a clip."}]
+    assert saved.max_answer_tokens == 300
+    assert saved.llm == str(tiny_world.llm)
+    assert saved.whisper == str(tiny_world.whisper)
     clip = tiny_world.data / "clips/03.wav"
     done = script(
         "model.py", clip, "--prompt", "Who?", "--adapter", trained / "adapter", "--verbose"
     )
-    assert (
-        done.status == 0 and "system\nYou hear a clip." in done.out and "transcript of" in done.out
-    )
+    assert done.status == 0
+    assert "system\nYou hear a clip." in done.out
+    assert "transcript of" in done.out
     same = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, trained / "adapter")
     question = {
         "role": "user",
@@ -200,7 +201,8 @@ def test_official_fields_stand_where_the_official_code_reads_them(trained):
         "audio_locator",
         "placeholder_token",
     )
-    assert all(name in config for name in official) and config["connector_mode"] == "qformer_1"
+    assert all(name in config for name in official)
+    assert config["connector_mode"] == "qformer_1"
 
 
 def test_the_released_adapters_config_is_read(tmp_path):

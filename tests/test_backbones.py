@@ -85,7 +85,9 @@ def test_tokenizer_file_equals_reference(tokenizers, qwen_folder):
 
 def test_special_tokens(tokenizers, qwen_folder):
     ours, reference = tokenizers
-    assert len(reference) == 151665 and ours.eos_id == 151645 and ours.stop_ids == {151645, 151643}
+    assert len(reference) == 151665
+    assert ours.eos_id == 151645
+    assert ours.stop_ids == {151645, 151643}
     assert ours.encode("<|im_start|>a<|endoftext|><tool_call>") == [151644, 64, 151643, 151657]
     assert ours.encode("<|im_end|>", special=False) != [151645]
     special = [
@@ -93,7 +95,8 @@ def test_special_tokens(tokenizers, qwen_folder):
         for token in json.loads((qwen_folder / "tokenizer.json").read_text())["added_tokens"]
         if token["special"]
     ]
-    assert "<|fim_pad|>" in special and "<tool_call>" not in special
+    assert "<|fim_pad|>" in special
+    assert "<tool_call>" not in special
 
 
 def test_chat_strings_equal_reference(tokenizers):

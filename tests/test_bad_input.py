@@ -230,7 +230,8 @@ def test_two_hundred_bad_audio_files(audio, world):
     """Every file, its first three seconds and (but for the hour) whole: mono and finite, or one
     line that names it.
     """
-    assert len(audio) >= 200 and {expected for _, expected in audio} == {LOADS, REFUSED, EITHER}
+    assert len(audio) >= 200
+    assert {expected for _, expected in audio} == {LOADS, REFUSED, EITHER}
     results, warnings = {LOADS: 0, REFUSED: 0}, []
     for path, expected in audio:
         for seconds in (3,) if "hour" in str(path) else (3, None):
@@ -266,9 +267,8 @@ def test_two_hundred_bad_audio_files(audio, world):
             assert loudness > 0.03, path
     assert all("\n" not in text and str(path) in text for path, text in warnings)
     cut = {path.suffix for path, text in warnings if path.name.startswith("cut_")}
-    assert {".wav", ".aiff", ".flac"} <= cut and not [
-        path for path, _ in warnings if (path, LOADS) in audio and "cut_" not in path.name
-    ]
+    assert {".wav", ".aiff", ".flac"} <= cut
+    assert not [path for path, _ in warnings if (path, LOADS) in audio and "cut_" not in path.name]
     print(
         f"\n{len(audio)} files: {results[LOADS]} loaded, {results[REFUSED]} refused, {len(warnings)} warnings"
     )
@@ -310,10 +310,10 @@ def test_jobs_over_all_bad_files(audio, world, tmp_path):
     assert done.status == 0, done.err
     counts = json.loads((tmp_path / "rows.jsonl.info.json").read_text())["counts"]
     refused = sum(expected == REFUSED for _, expected in audio)
-    assert counts["rows"] + counts["skipped"] == len(audio) and refused <= counts[
-        "skipped"
-    ] <= refused + sum(e == EITHER for _, e in audio)
-    assert f"{counts['skipped']} clips skipped" in done.out and "skipped: " in done.out
+    assert counts["rows"] + counts["skipped"] == len(audio)
+    assert refused <= counts["skipped"] <= refused + sum(e == EITHER for _, e in audio)
+    assert f"{counts['skipped']} clips skipped" in done.out
+    assert "skipped: " in done.out
     rows = [json.loads(json.dumps(world.rows[0])) for _ in audio]
     for row, (path, _) in zip(rows, audio):
         row["messages"][1]["audios"][0]["audio"] = str(path)
@@ -348,9 +348,9 @@ def test_one_bad_clip_does_not_stop_an_evaluation(world, tmp_path):
         "2 of 6 rows could not be answered and are not scored: row" in done.out
     )  # itself, and the row whose wrong clip it is
     summary = json.loads(done.out.splitlines()[-1])
-    assert (
-        summary["n"] == 4 and summary["failed"] == 2 and len(read_jsonl(tmp_path / "p.jsonl")) == 4
-    )
+    assert summary["n"] == 4
+    assert summary["failed"] == 2
+    assert len(read_jsonl(tmp_path / "p.jsonl")) == 4
     assert len(json.loads((tmp_path / "p.jsonl.info.json").read_text())["failed"]) == 2
 
 
@@ -384,17 +384,15 @@ def test_any_bytes_are_rows_or_one_line(tmp_path_factory, data):
     try:
         rows = JsonLines(path)
     except ValueError as error:
-        assert "holds no rows" in str(error) and not any(
-            len(line) > 1 for line in data.split(b"\n")
-        )
+        assert "holds no rows" in str(error)
+        assert not any(len(line) > 1 for line in data.split(b"\n"))
         return
     for i in range(len(rows)):
         try:
             assert isinstance(rows[i], dict)
         except ValueError as error:
-            assert re.search(
-                rf"any.jsonl, row {i + 1} (is not|is longer|holds)", str(error)
-            ) and "\n" not in str(error)
+            assert re.search(rf"any.jsonl, row {i + 1} (is not|is longer|holds)", str(error))
+            assert "\n" not in str(error)
 
 
 def test_lines_too_long_or_too_deep(tmp_path):
@@ -410,7 +408,8 @@ def test_lines_too_long_or_too_deep(tmp_path):
     for i in range(4):
         with pytest.raises(ValueError, match=f"a.jsonl, row {i + 1} is"):
             rows[i]
-    assert len(rows) == 5 and rows[4] == {"a": 1}
+    assert len(rows) == 5
+    assert rows[4] == {"a": 1}
 
 
 anything = st.recursive(
@@ -466,10 +465,8 @@ def test_broken_training_rows(world, model):
         found = dataset[0]
         seen["ids" if "ids" in found else "left_out"] += 1
         if "ids" in found:
-            assert (
-                all(isinstance(i, int) and (i >= 0 or i == AUDIO_ID) for i in found["ids"])
-                and found["target"]
-            )
+            assert all(isinstance(i, int) and (i >= 0 or i == AUDIO_ID) for i in found["ids"])
+            assert found["target"]
             assert found["ids"].count(AUDIO_ID) == 4 * len(found["mels"])
         else:
             assert "\n" not in found["left_out"]
@@ -525,11 +522,9 @@ def test_broken_metadata(world, tmp_path):
     assert done.status == 0, done.err
     counts = json.loads((tmp_path / "rows.jsonl.info.json").read_text())
     n_lines = sum(bool(line.strip()) for line in lines)
-    assert (
-        counts["counts"]["rows"] + counts["counts"]["skipped"] == n_lines
-        and counts["counts"]["rows"] > 5
-        and counts["counts"]["skipped"] > 20
-    )
+    assert counts["counts"]["rows"] + counts["counts"]["skipped"] == n_lines
+    assert counts["counts"]["rows"] > 5
+    assert counts["counts"]["skipped"] > 20
     assert all("\n" not in row["skipped"] for row in counts["skipped"])
 
 
@@ -602,7 +597,8 @@ def test_normalization_makes_no_special_token(tokenizer, monkeypatch):
     ids = tokenizer.encode(
         tokenizer.apply_chat_template([{"role": "user", "content": "<|TAS\u212a|>"}])
     )
-    assert 7 not in ids and 7 in tokenizer.encode("<|TAS\u212a|>")
+    assert 7 not in ids
+    assert 7 in tokenizer.encode("<|TAS\u212a|>")
 
 
 @pytest.mark.parametrize("path, inside", [
@@ -677,7 +673,8 @@ def test_settings_are_in_range_or_one_line(name, capsys):
                 capsys.readouterr()
             except SystemExit as end:
                 (line,) = capsys.readouterr().err.strip().splitlines()
-                assert end.code == 2 and f"error: argument --{field.name}: " in line
+                assert end.code == 2
+                assert f"error: argument --{field.name}: " in line
                 refused += 1
     assert refused > 50
 
@@ -802,7 +799,8 @@ def test_more_ranks_than_rows(world, tmp_path):
         *training(world, tmp_path / "t", data=tmp_path / "test.jsonl"),
     )
     said, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "has 1 rows, fewer than one global batch of 4" in said
+    assert process.returncode != 0
+    assert "has 1 rows, fewer than one global batch of 4" in said
 
 
 # -- model folders ---------------------------------------------------------------------------------
@@ -901,6 +899,5 @@ def test_lost_output_is_named(tmp_path):
         with pytest.raises(OSError, match=re.escape(str(path)[:60]) + ".* cannot be written"):
             checkpoint.write_text(path, "new")
     checkpoint.write_text(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
-        "file"
-    ]
+    assert (tmp_path / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -43,35 +43,35 @@ def results(tmp_path_factory):
 def test_both_sides_are_timed(results):
     for name in ("generate", "train", "encode"):
         r = results[name]
-        assert r["bench"] == name and r["dtype"] == "torch.float32"
+        assert r["bench"] == name
+        assert r["dtype"] == "torch.float32"
         assert r["ratio"] == pytest.approx(
             r["peer_seconds"] / r["ours_seconds"], rel=1e-6
         )  # one turn: the median ratio is its ratio
-        assert r["ours_warm_up"] > 0 and r["cpu_ratio"] > 0 and r["ceiling_flops"] > 1e8
+        assert r["ours_warm_up"] > 0
+        assert r["cpu_ratio"] > 0
+        assert r["ceiling_flops"] > 1e8
 
 
 def test_generate_counts_what_was_done(results):
     r = results["generate"]
-    assert (
-        r["same_answers"] == 1
-        and r["rows"] == 9
-        and r["ours_batch"] in (2, 4)
-        and r["peer_batch"] == 4
-    )
-    assert (
-        9 <= r["new_tokens"] <= 9 * 20
-        and r["shared_prefix"] >= 25
-        and 9 * 30 <= r["prompt_tokens"] <= 9 * 200
-    )
+    assert r["same_answers"] == 1
+    assert r["rows"] == 9
+    assert r["ours_batch"] in (2, 4)
+    assert r["peer_batch"] == 4
+    assert 9 <= r["new_tokens"] <= 9 * 20
+    assert r["shared_prefix"] >= 25
+    assert 9 * 30 <= r["prompt_tokens"] <= 9 * 200
     assert 0 < r["fraction_of_floor"] < 1
 
 
 def test_train_step_agrees_with_the_official_composition(results):
     r = results["train"]
-    assert abs(r["losses"][0] - r["losses"][1]) < 1e-4 and r["losses"][0] > 1
-    assert (
-        r["peer_peak_bytes"] > 0 and r["ours_peak_bytes"] >= 0 and 0 < r["mfu"] < 1
-    )  # which is larger shows at the real size, below
+    assert abs(r["losses"][0] - r["losses"][1]) < 1e-4
+    assert r["losses"][0] > 1
+    assert r["peer_peak_bytes"] > 0  # which is larger shows at the real size, below
+    assert r["ours_peak_bytes"] >= 0
+    assert 0 < r["mfu"] < 1
 
 
 @pytest.mark.slow
@@ -90,10 +90,8 @@ def test_train_step_takes_less_memory_than_the_official_composition(
         ),
     )
     r = json.loads(done.out.splitlines()[-1])
-    assert (
-        abs(r["losses"][0] - r["losses"][1]) < 1e-2 * r["losses"][0]
-        and r["peer_peak_bytes"] > 1.2 * r["ours_peak_bytes"] > 1e8
-    )
+    assert abs(r["losses"][0] - r["losses"][1]) < 1e-2 * r["losses"][0]
+    assert r["peer_peak_bytes"] > 1.2 * r["ours_peak_bytes"] > 1e8
 
 
 def test_data(results):
@@ -118,7 +116,9 @@ def test_two_processes_share_our_side(name, results, tmp_path):
     out = tmp_path / "bench.jsonl"
     torchrun(2, "tools/bench.py", name, *RANDOM, "--out", out, *TINY[name])
     r, one = json.loads(out.read_text()), results[name]
-    assert r["processes"] == 2 and r["device"].startswith("2 × CPU") and r["ratio"] > 0
+    assert r["processes"] == 2
+    assert r["device"].startswith("2 × CPU")
+    assert r["ratio"] > 0
     for key in ("same_answers", "new_tokens", "prompt_tokens") if name == "generate" else ():
         assert r[key] == one[key]
     if name == "train":
@@ -131,10 +131,12 @@ def test_load_in_fresh_processes(tiny_world):
         tiny_world.whisper, "--repeats", "1", "--dtype", "float32",
                   "--device", "cpu", "--out", tiny_world.folder / "bench.jsonl")  # fmt: skip
     seconds = json.loads(done.out.splitlines()[-1])["seconds"]
-    assert 0 < seconds["torch alone"] < seconds["peer"] and seconds["ours"] > 0
+    assert 0 < seconds["torch alone"] < seconds["peer"]
+    assert seconds["ours"] > 0
 
 
 def test_without_a_name_it_says_what_there_is():
     done = script("tools/bench.py")
-    assert done.status == 1 and "generate|train|encode|audio|load" in done.err
+    assert done.status == 1
+    assert "generate|train|encode|audio|load" in done.err
     assert "--peer_batches" in script("tools/bench.py", "--help").out

@@ -194,18 +194,16 @@ def killed_and_continued(task, files, models, folder, again):
     assert not out.exists(), "the job was over before the kill came"
     said = again(*evaluate(task, files, models, out, **SHORT))
     done = script(*evaluate(task, files, models, straight, **SHORT))
-    assert out.read_bytes() == straight.read_bytes() and len(read_jsonl(out)) > len(kept)
-    assert (
-        said.splitlines()[-1] == done.out.splitlines()[-1]
-        and json.loads(said.splitlines()[-1])["n"] > 0
-    )
+    assert out.read_bytes() == straight.read_bytes()
+    assert len(read_jsonl(out)) > len(kept)
+    assert said.splitlines()[-1] == done.out.splitlines()[-1]
+    assert json.loads(said.splitlines()[-1])["n"] > 0
     dumped = [sorted((file.name.removeprefix(name),
         file.read_bytes()) for file in [*folder.glob(f"{name}.official"),
         *folder.glob(f"{name}.official/*")] if file.is_file())
               for name in ("killed.jsonl", "straight.jsonl")]  # fmt: skip
-    assert dumped[0] == dumped[1] and bool(dumped[0]) == (
-        task in ("mmau", "sakura", "dynamic_superb")
-    )
+    assert dumped[0] == dumped[1]
+    assert bool(dumped[0]) == (task in ("mmau", "sakura", "dynamic_superb"))
 
 
 @pytest.mark.parametrize("task", OFFICIAL)
@@ -322,15 +320,15 @@ def test_text_only_needs_neither_whisper_nor_adapter(files, tiny_world, tmp_path
 @pytest.mark.parametrize("task", ["sakura", "voicebench", "dynamic_superb", "heldout"])
 def test_text_only_where_there_is_no_text(task, files, tiny, tmp_path):
     done = script(*evaluate(task, files | {"heldout": {}}, tiny, tmp_path / "p.jsonl", text_only=1))
-    assert (
-        done.status == 1 and done.err.splitlines()[-1] == f"error: --task {task} takes no text_only"
-    )
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == f"error: --task {task} takes no text_only"
 
 
 def test_scores_with_and_without_reasoning_side_by_side(files, tiny, runs, tmp_path):
     out = tmp_path / "cot.jsonl"
     done = script(*evaluate("mmau", files, tiny, out, cot=1, max_new_tokens=6))
-    assert done.status == 0 and OFFICIAL["mmau"][1] + common.COT in done.out
+    assert done.status == 0
+    assert OFFICIAL["mmau"][1] + common.COT in done.out
     plain = runs["mmau"][0]
     for file, answers in ((plain, ["noise"] * 3 + ["a tone"] * 3), (out, ["noise"] * 6)):
         write_jsonl(
@@ -346,16 +344,14 @@ def test_scores_with_and_without_reasoning_side_by_side(files, tiny, runs, tmp_p
     )
     assert both.status == 0, both.err
     summary = json.loads(both.out.splitlines()[-1])
-    assert [scores["total"] for scores in summary.values()] == [50.0, 100.0] and list(summary) == [
+    assert [scores["total"] for scores in summary.values()] == [50.0, 100.0]
+    assert list(summary) == [
         str(plain.with_name("said.jsonl")),
         str(tmp_path / "said.jsonl"),
     ]
     lines = [line.split() for line in both.out.splitlines()]
-    assert ["accuracy", "50.0", "100.0"] in lines and [
-        "total",
-        "33.33",
-        "33.33",
-    ] in lines  # chance, of three choices
+    assert ["accuracy", "50.0", "100.0"] in lines
+    assert ["total", "33.33", "33.33"] in lines  # chance, of three choices
 
 
 # -- questions about the demo's clips --------------------------------------------------------------
@@ -369,22 +365,20 @@ def test_questions_made_from_labels(tiny_world, tmp_path):
         "--out",
         tmp_path / "mmau.json",
     )
-    assert done.status == 0 and "6 questions" in done.out
+    assert done.status == 0
+    assert "6 questions" in done.out
     rows = mmau.load(tmp_path / "mmau.json", tiny_world.data, text_only=True)
     labels = {clip["id"]: clip["segments"][0]["attributes"] for clip in tiny_world.clips}
     for row in rows:
-        assert (
-            row["answer"] == labels[row["audio_id"]][row["sub-category"]]
-            and row["choices"].count(row["answer"]) == 1
-        )
-        assert (
-            2 <= len(row["choices"]) == len(set(row["choices"])) <= 4
-            and row["answer"] in row["description"]
-            and row["sub-category"].lower() in row["question"]
-        )
+        assert row["answer"] == labels[row["audio_id"]][row["sub-category"]]
+        assert row["choices"].count(row["answer"]) == 1
+        assert 2 <= len(row["choices"]) == len(set(row["choices"])) <= 4
+        assert row["answer"] in row["description"]
+        assert row["sub-category"].lower() in row["question"]
     said = [mmau.with_answer(row, f'The correct answer is: "{row["answer"]}".') for row in rows]
     scores = mmau.score(said)
-    assert scores["total"] == {"accuracy": 100.0, "correct": 6, "n": 6} and scores["chance"] == {
+    assert scores["total"] == {"accuracy": 100.0, "correct": 6, "n": 6}
+    assert scores["chance"] == {
         "total": 50.0,
         "sound": 50.0,
         "music": 50.0,
@@ -397,18 +391,14 @@ def test_questions_made_from_labels(tiny_world, tmp_path):
         "--out",
         tmp_path / "again.json",
     )
-    assert (
-        again.status == 0
-        and (tmp_path / "again.json").read_bytes() == (tmp_path / "mmau.json").read_bytes()
-    )
+    assert again.status == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "mmau.json").read_bytes()
     missing = script(
         "demo/mmau.py", "--metadata", tmp_path / "no.jsonl", "--out", tmp_path / "x.json"
     )
-    assert (
-        missing.status == 1
-        and "demo/prepare.py" in missing.err
-        and not (tmp_path / "x.json").exists()
-    )
+    assert missing.status == 1
+    assert "demo/prepare.py" in missing.err
+    assert not (tmp_path / "x.json").exists()
 
 
 # -- judges ----------------------------------------------------------------------------------------
@@ -424,7 +414,8 @@ def test_a_local_judge_is_named_and_marked(task, runs, tiny_world):
     assert judged.status == 0, judged.err
     summary = json.loads(judged.out.splitlines()[-1])
     part = summary["cot"] if task == "speech_ifeval" else summary
-    assert part["judge"] == tiny_world.llm.name and part["proxy"] is True
+    assert part["judge"] == tiny_world.llm.name
+    assert part["proxy"] is True
     # random weights never say "Judgement: correct" or "Result: YES": everything is unparsed,
     # counted, and no point is given
     lines = [line.split() for line in judged.out.splitlines()]
@@ -433,9 +424,8 @@ def test_a_local_judge_is_named_and_marked(task, runs, tiny_world):
         sum(counted)
         == {"sakura": 6, "speech_ifeval": 2, "voicebench": 3, "dynamic_superb": 4}[task]
     )
-    assert "judge" not in json.dumps(alone) and (
-        task == "dynamic_superb" or alone.get("cot", alone)["proxy"] is True
-    )
+    assert "judge" not in json.dumps(alone)
+    assert task == "dynamic_superb" or alone.get("cot", alone)["proxy"] is True
     offline = {
         "sakura": "exactly one option named",
         "speech_ifeval": "more_than_one_sentence",
@@ -447,9 +437,9 @@ def test_a_local_judge_is_named_and_marked(task, runs, tiny_world):
 
 def test_rules_need_no_judge(runs, tiny_world):
     done = script("eval.py", *flags(task="mmau", score=runs["mmau"][0], judge=tiny_world.llm))
+    assert done.status == 1
     assert (
-        done.status == 1
-        and done.err.splitlines()[-1]
+        done.err.splitlines()[-1]
         == "error: --task mmau is scored by rules alone: it takes no --judge"
     )
 
@@ -510,11 +500,9 @@ def test_judgements_made_elsewhere(runs, tmp_path):
     }
     (tmp_path / "ASR.json").write_text(json.dumps(entries))
     scores = last_line(task="dynamic_superb", score=tmp_path / "ASR.json")
-    assert (
-        scores["judge_yes"] == 33.33
-        and scores["judge"] == "read from the file"
-        and "proxy" not in scores
-    )
+    assert scores["judge_yes"] == 33.33
+    assert scores["judge"] == "read from the file"
+    assert "proxy" not in scores
 
 
 @pytest.mark.slow
@@ -533,7 +521,8 @@ def test_smollm2_as_judge(runs, smollm2_folder):
 def fails(*command):
     process = start(*command)
     said = process.communicate()[0]
-    assert process.returncode == 1 and "Traceback" not in said
+    assert process.returncode == 1
+    assert "Traceback" not in said
     return said.splitlines()[-1]
 
 
@@ -545,18 +534,14 @@ def test_missing_audio_is_counted(files, tiny, tmp_path):
         "mmau", files, tiny, tmp_path / "p.jsonl", data=tmp_path / "mini.json", **SHORT
     )
     said = fails(*command)
-    assert (
-        said.startswith("error: 1 of 6 rows lack their audio under")
-        and "first: row q4, test-mini-audios/gone.wav" in said
-        and "skip_missing" in said
-    )
+    assert said.startswith("error: 1 of 6 rows lack their audio under")
+    assert "first: row q4, test-mini-audios/gone.wav" in said
+    assert "skip_missing" in said
     assert not (tmp_path / "p.jsonl").exists()
     done = script(*command, "--options", '{"skip_missing": true}')
-    assert (
-        done.status == 0
-        and "warning: 1 of 6 rows lack their audio" in done.err
-        and json.loads(done.out.splitlines()[-1])["n"] == 5
-    )
+    assert done.status == 0
+    assert "warning: 1 of 6 rows lack their audio" in done.err
+    assert json.loads(done.out.splitlines()[-1])["n"] == 5
 
 
 def test_unknown_track(files, tiny, tmp_path):
@@ -601,11 +586,9 @@ def test_rows_without_an_answer_and_rows_of_other_labels_are_counted_not_scored(
     )
     assert done.status == 0, done.err
     lines = [line.split() for line in done.out.splitlines()]
-    assert (
-        ["other_revision", "1"] in lines
-        and ["not_predicted", "1"] in lines
-        and "belong to another label revision" in done.err
-    )
+    assert ["other_revision", "1"] in lines
+    assert ["not_predicted", "1"] in lines
+    assert "belong to another label revision" in done.err
 
 
 def test_another_label_revision_as_a_process(runs, files, tmp_path):

@@ -272,9 +272,11 @@ def test_every_rule_has_cases():
         "change_case:english_capital",
         "change_case:english_lowercase",
     }
-    assert {case[0] for case in GOOGLE} | language == set(ifeval.RULES) and len(ifeval.RULES) == 25
+    assert {case[0] for case in GOOGLE} | language == set(ifeval.RULES)
+    assert len(ifeval.RULES) == 25
     assert set(speech_ifeval.CHANGED) <= {case[0] for case in CHANGED}
-    assert set(speech_ifeval.GROUPS) <= set(speech_ifeval.RULES) and len(speech_ifeval.GROUPS) == 13
+    assert set(speech_ifeval.GROUPS) <= set(speech_ifeval.RULES)
+    assert len(speech_ifeval.GROUPS) == 13
 
 
 def test_blank_answers_fail_and_arguments_take_every_form():
@@ -347,7 +349,8 @@ def test_language_rules_without_langdetect(monkeypatch):
 
     monkeypatch.setattr(ifeval, "detector", lambda: Fake)
     assert ifeval.follows(row, ifeval.RULES, ["HELLO"]) == [True, True]
-    assert ifeval.is_language("123", "de") is True and ifeval.is_language("x", "de") is False
+    assert ifeval.is_language("123", "de") is True
+    assert ifeval.is_language("x", "de") is False
 
 
 # -- MMAU ------------------------------------------------------------------------------------------
@@ -379,14 +382,10 @@ def test_mmau_words_shared_with_the_answer_are_allowed():
     assert (
         mmau.is_right("yes", "Yes", ["Yes", "yes!", "No"]) is True
     )  # a choice with the same words is not a wrong one
-    assert (
-        mmau.is_right("...", "?!", ["?!", "dog"]) is False
-        and mmau.is_right("cat", "?!", ["?!", "dog"]) is True
-    )  # nothing said is never right
-    assert (
-        mmau.is_right("3.5", "3.5", ["3.5", "3"]) is True
-        and mmau.is_right("5 3", "3.5", ["3.5", "4"]) is True
-    )
+    assert mmau.is_right("...", "?!", ["?!", "dog"]) is False  # nothing said is never right
+    assert mmau.is_right("cat", "?!", ["?!", "dog"]) is True
+    assert mmau.is_right("3.5", "3.5", ["3.5", "3"]) is True
+    assert mmau.is_right("5 3", "3.5", ["3.5", "4"]) is True
 
 
 def test_mmau_prompt_and_answer_forms(tmp_path):
@@ -444,15 +443,15 @@ def test_mmau_scores(tmp_path, capsys):
             "speech": 100.0,
             "n": 4,
         }
-        assert scores["skipped"] == {"no_prediction": 1, "no_answer": 1} and scores["difficulty"][
-            "easy"
-        ] == {"accuracy": 66.67, "correct": 2, "n": 3}
+        assert scores["skipped"] == {"no_prediction": 1, "no_answer": 1}
+        assert scores["difficulty"]["easy"] == {"accuracy": 66.67, "correct": 2, "n": 3}
         assert scores["sub-category"] == {"Counting": {"accuracy": 66.67, "correct": 2, "n": 3}}
     assert "no_prediction" in capsys.readouterr().err
     raw = mmau.score(
         [question(0, model_output="The correct answer is: A man")]
     )  # a file made before model_prediction existed
-    assert raw["prediction_key"] == "model_output" and raw["total"]["correct"] == 1
+    assert raw["prediction_key"] == "model_output"
+    assert raw["total"]["correct"] == 1
     other = mmau.score([question(0, mine="A man", model_prediction="Dog")], key="mine")
     assert other["total"]["accuracy"] == 100.0
     with pytest.raises(ValueError, match="nothing to score"):
@@ -535,10 +534,8 @@ def test_sakura_options_named(response, named):
 
 def test_sakura_answer_without_an_option_is_wrong():
     row = {"instruction": ENTRY["single_instruction"], "label": "dog", "response": "no idea"}
-    assert (
-        sakura.proxy(row) is False
-        and sakura.proxy(row | {"label": "(b) dog", "response": "dog"}) is True
-    )
+    assert sakura.proxy(row) is False
+    assert sakura.proxy(row | {"label": "(b) dog", "response": "dog"}) is True
 
 
 def test_sakura_options_ignore_plurals_in_brackets():
@@ -563,11 +560,9 @@ def test_sakura_round_trip(tmp_path, capsys):
     write(tmp_path / "data/Animal/metadata.json", {"data/Animal/audio/d1.wav": ENTRY})
     write(tmp_path / "data/Emotion/metadata.json", {"data/Emotion/audio/e1.wav": ENTRY})
     rows = sakura.load(tmp_path / "data", tmp_path)
-    assert (
-        len({row["id"] for row in rows}) == 4
-        and rows[0]["label"] == "(b) dog"
-        and rows[0]["messages"][1]["audios"][0]["audio"] == "data/Animal/audio/d1.wav"
-    )
+    assert len({row["id"] for row in rows}) == 4
+    assert rows[0]["label"] == "(b) dog"
+    assert rows[0]["messages"][1]["audios"][0]["audio"] == "data/Animal/audio/d1.wav"
     assert [
         row["type"] for row in sakura.load(tmp_path / "data/Animal", tmp_path, hop="multi")
     ] == ["multi"]
@@ -580,7 +575,8 @@ def test_sakura_round_trip(tmp_path, capsys):
     done = [sakura.with_answer(row, answers[row["attribute"], row["type"]]) for row in rows]
     sakura.dump(done, tmp_path / "results")
     official = json.loads((tmp_path / "results/Animal_single.json").read_text())
-    assert official["attribute"] == "Animal" and official["type"] == "single"
+    assert official["attribute"] == "Animal"
+    assert official["type"] == "single"
     assert official["results"]["data/Animal/audio/d1.wav"] == {
         "instruction": ENTRY["single_instruction"],
         "response": "dog",
@@ -588,7 +584,8 @@ def test_sakura_round_trip(tmp_path, capsys):
     }
     for path in (tmp_path / "results", write(tmp_path / "ours.jsonl", done, lines=True)):
         scores = sakura.score(sakura.read_predictions(path))
-        assert scores["proxy"] and sakura.summary(scores) == {
+        assert scores["proxy"]
+        assert sakura.summary(scores) == {
             "single": 50.0,
             "multi": 50.0,
             "n": 4,
@@ -612,12 +609,10 @@ def test_sakura_round_trip(tmp_path, capsys):
         ]
 
     scores = sakura.score(done, judge=judge)
-    assert (
-        scores["judge"] == "judge"
-        and scores["proxy"]
-        and scores["single"]["average"] == 50.0
-        and scores["multi"]["Animal"]["unparsed"] == 1
-    )
+    assert scores["judge"] == "judge"
+    assert scores["proxy"]
+    assert scores["single"]["average"] == 50.0
+    assert scores["multi"]["Animal"]["unparsed"] == 1
     assert all(
         part in prompts[0][1]["content"]
         for part in (ENTRY["single_instruction"], "(b) dog", "response: dog")
@@ -640,17 +635,13 @@ def test_sakura_round_trip(tmp_path, capsys):
                 {"judge_model": "gpt-4o", "results": {wav: entry}},
             )
     judged = sakura.score(sakura.read_predictions(tmp_path / "results"))
-    assert (
-        judged["judge"] == "gpt-4o"
-        and "proxy" not in judged
-        and judged["single"]["average"] == 50.0
-        and judged["single"]["Emotion"]["unparsed"] == 1
-    )
+    assert judged["judge"] == "gpt-4o"
+    assert "proxy" not in judged
+    assert judged["single"]["average"] == 50.0
+    assert judged["single"]["Emotion"]["unparsed"] == 1
     other = sakura.score([done[0] | {"label": "(a) cat"}, done[1]], labels=tmp_path / "data")
-    assert (
-        other["skipped"] == {"other_revision": 1, "unknown_id": 0, "not_predicted": 2}
-        and "single" not in other
-    )
+    assert other["skipped"] == {"other_revision": 1, "unknown_id": 0, "not_predicted": 2}
+    assert "single" not in other
     assert sakura.score([done[0], done[1] | {"label": " "}])["skipped"] == {
         "no_response_or_label": 1
     }
@@ -721,16 +712,12 @@ def test_speech_ifeval_scores_and_files(tmp_path):
     )
     rows = speech_ifeval.read_predictions(tmp_path)
     scores = speech_ifeval.score(rows)
-    assert (
-        len(rows) == 9
-        and scores["rules"]["followed"] == 4
-        and scores["rules"]["n"] == 7
-        and scores["creative"]["rate"] == 50.0
-    )
-    assert (
-        scores["cot"] == {"more_than_one_sentence": 50.0, "n": 2, "proxy": True}
-        and "ifrate" not in scores
-    )  # a proxy makes no IFrate
+    assert len(rows) == 9
+    assert scores["rules"]["followed"] == 4
+    assert scores["rules"]["n"] == 7
+    assert scores["creative"]["rate"] == 50.0
+    assert scores["cot"] == {"more_than_one_sentence": 50.0, "n": 2, "proxy": True}
+    assert "ifrate" not in scores  # a proxy makes no IFrate
     judged = speech_ifeval.score(rows, judge=lambda prompts: ["Fine. Result: YES", "unsure"])
     assert judged["cot"] | {"judge": 0} == {
         "judge": 0,
@@ -749,11 +736,9 @@ def test_speech_ifeval_scores_and_files(tmp_path):
         tmp_path / "reports/llm_eval@closed_ended_questions.jsonl", [CLOSED[0]], lines=True
     )  # task level, another question
     official = speech_ifeval.score(speech_ifeval.read_predictions(tmp_path))
-    assert (
-        official["cot"]["rate"] == 100.0
-        and "proxy" not in official["ifrate"]
-        and official["ifrate"]["ifrate"] == 70.0
-    )
+    assert official["cot"]["rate"] == 100.0
+    assert "proxy" not in official["ifrate"]
+    assert official["ifrate"]["ifrate"] == 70.0
     assert speech_ifeval.delta(89.23, 92.53) == -3.57  # the published Δ of DeSTA2
 
 
@@ -791,7 +776,8 @@ def test_speech_ifeval_load(tmp_path):
     relabelled = speech_ifeval.score(
         [done, done | {"id": "closed/8"}], labels=tmp_path / "closed_ended_questions.jsonl"
     )
-    assert relabelled["rules"]["n"] == 1 and relabelled["skipped"] == {
+    assert relabelled["rules"]["n"] == 1
+    assert relabelled["skipped"] == {
         "other_revision": 0,
         "unknown_id": 1,
         "not_predicted": 0,
@@ -808,10 +794,8 @@ def test_speech_ifeval_bad_input(tmp_path, capsys):
     rows = speech_ifeval.read_predictions(
         write(tmp_path / "x.jsonl", [CLOSED[0], closed(1, "startend:quotation")], lines=True)
     )
-    assert (
-        speech_ifeval.score(rows)["skipped"] == {"no_response": 1}
-        and "no response" in capsys.readouterr().err
-    )
+    assert speech_ifeval.score(rows)["skipped"] == {"no_response": 1}
+    assert "no response" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no row has a response"):
         speech_ifeval.score(rows[1:])
 
@@ -971,9 +955,8 @@ def test_voicebench_round_trip(tmp_path):
     }
     responses = iter([text for name in sorted(VOICE) for _, text in VOICE[name]])
     done = [voicebench.with_answer(row, next(responses)) for row in rows]
-    assert not any("audio" in row or "messages" in row for row in done) and len(
-        {row["id"] for row in done}
-    ) == len(done)
+    assert not any("audio" in row or "messages" in row for row in done)
+    assert len({row["id"] for row in done}) == len(done)
     scores = voicebench.score(
         voicebench.read_predictions(write(tmp_path / "p.jsonl", done, lines=True))
     )
@@ -984,10 +967,8 @@ def test_voicebench_round_trip(tmp_path):
         "unparsed": 25.0,
         "n": 4,
     }
-    assert (
-        scores["bbh"] == {"accuracy": 50.0, "with_random_draw": 75.0, "unparsed": 50.0, "n": 2}
-        and scores["mmsu"]["accuracy"] == 100.0
-    )
+    assert scores["bbh"] == {"accuracy": 50.0, "with_random_draw": 75.0, "unparsed": 50.0, "n": 2}
+    assert scores["mmsu"]["accuracy"] == 100.0
     # strict: no_comma fails, quotation fails, <1> is a turn mark; loose: without its first line the
     # answer has no comma
     assert scores["ifeval"] == {
@@ -995,10 +976,8 @@ def test_voicebench_round_trip(tmp_path):
         "loose_instruction": 66.67, "n": 2,
     }  # fmt: skip
     assert scores["sd-qa"] == {"reference_in_answer": 50.0, "n": 2, "proxy": True}
-    assert (
-        scores["commoneval"] == {"not_scored": 1, "why": "needs a judge"}
-        and voicebench.summary(scores)["overall"] is None
-    )
+    assert scores["commoneval"] == {"not_scored": 1, "why": "needs a judge"}
+    assert voicebench.summary(scores)["overall"] is None
 
     def judge(prompts):
         assert all("Q?" in prompt[1]["content"] for prompt in prompts)
@@ -1019,15 +998,16 @@ def test_voicebench_round_trip(tmp_path):
         "unparsed": 0,
         "n": 2,
     }
-    assert (
-        judged["alpacaeval_full"]
-        == {"judge": "judge", "proxy": True, "rating": 5.0, "unparsed": 0, "n": 2}
-        and judged["points"]["wildvoice"] == 100.0
-    )
-    assert (
-        judged["overall"] == {"mean_of_nine": 72.22, "proxy": True}
-        and voicebench.summary(judged)["overall"] == 72.22
-    )
+    assert judged["alpacaeval_full"] == {
+        "judge": "judge",
+        "proxy": True,
+        "rating": 5.0,
+        "unparsed": 0,
+        "n": 2,
+    }
+    assert judged["points"]["wildvoice"] == 100.0
+    assert judged["overall"] == {"mean_of_nine": 72.22, "proxy": True}
+    assert voicebench.summary(judged)["overall"] == 72.22
     with_scores = [
         row
         | {
@@ -1038,7 +1018,8 @@ def test_voicebench_round_trip(tmp_path):
         for row in done
     ]
     official = voicebench.score(with_scores)
-    assert official["sd-qa"]["judge_yes"] == 50.0 and official["commoneval"] == {
+    assert official["sd-qa"]["judge_yes"] == 50.0
+    assert official["commoneval"] == {
         "judge": "read from the file",
         "rating": 3.5,
         "unparsed": 1,
@@ -1060,12 +1041,10 @@ def test_voicebench_ifeval_without_langdetect(monkeypatch, capsys):
         for i, text in enumerate(("ja", "a, b"))
     ]
     result = voicebench.score(rows)["ifeval"]
-    assert (
-        result["strict_not_scored"] == 2
-        and result["proxy"]
-        and result["strict_instruction"] == 50.0
-        and result["strict_prompt"] == 0.0
-    )
+    assert result["strict_not_scored"] == 2
+    assert result["proxy"]
+    assert result["strict_instruction"] == 50.0
+    assert result["strict_prompt"] == 0.0
     assert "langdetect" in capsys.readouterr().err
 
 
@@ -1145,20 +1124,15 @@ def test_dynamic_superb_round_trip(tmp_path, capsys):
             "cer": 7.69,
             "n": 1,
         }
-        assert (
-            scores["tasks"]["Emotion"]["consecutive_words"] == 100.0
-            and scores["tasks"]["Emotion"]["exact_match"] == 0.0
-        )
-        assert dynamic_superb.summary(scores)[
-            "consecutive_words"
-        ] == 50.0 and "judge_yes" not in dynamic_superb.summary(scores)
+        assert scores["tasks"]["Emotion"]["consecutive_words"] == 100.0
+        assert scores["tasks"]["Emotion"]["exact_match"] == 0.0
+        assert dynamic_superb.summary(scores)["consecutive_words"] == 50.0
+        assert "judge_yes" not in dynamic_superb.summary(scores)
     judged = dynamic_superb.score(done, judge=lambda prompts: ["Result: NO", "?"])
-    assert (
-        judged["tasks"]["ASR"]["judge_yes"] == 0.0
-        and judged["average_over_tasks"]["judge_yes"] == 0.0
-        and judged["tasks"]["Emotion"]["unparsed"] == 1
-        and judged["average_over_tasks"]["proxy"]
-    )
+    assert judged["tasks"]["ASR"]["judge_yes"] == 0.0
+    assert judged["average_over_tasks"]["judge_yes"] == 0.0
+    assert judged["tasks"]["Emotion"]["unparsed"] == 1
+    assert judged["average_over_tasks"]["proxy"]
     assert (
         dynamic_superb.score([row | {"sllm_response": str(row["label"]).upper()} for row in done])[
             "average_over_tasks"
@@ -1169,10 +1143,8 @@ def test_dynamic_superb_round_trip(tmp_path, capsys):
         "no_response_or_label": 1
     }
     relabelled = dynamic_superb.score([done[0], done[1] | {"label": "No"}], labels=tmp_path)
-    assert (
-        relabelled["skipped"] == {"other_revision": 1, "unknown_id": 0, "not_predicted": 0}
-        and relabelled["average_over_tasks"]["n"] == 1
-    )
+    assert relabelled["skipped"] == {"other_revision": 1, "unknown_id": 0, "not_predicted": 0}
+    assert relabelled["average_over_tasks"]["n"] == 1
     assert "not scored" in capsys.readouterr().err
 
 
@@ -1184,7 +1156,8 @@ def test_dynamic_superb_phase_one_and_bad_input(tmp_path):
         lines=True,
     )
     row = dynamic_superb.load(path, tmp_path)[0]
-    assert row["id"] == "Task/1" and [audio["audio"] for audio in row["messages"][1]["audios"]] == [
+    assert row["id"] == "Task/1"
+    assert [audio["audio"] for audio in row["messages"][1]["audios"]] == [
         "x.wav",
         "y.wav",
     ]
@@ -1289,9 +1262,7 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
         ("a", []),
         ("b", []),
     ]
-    assert (
-        finished[0]["wrong_id"] == "b"
-        and finished[0]["loss"] == dict.fromkeys(heldout.CLIPS, 1.0)
-        and finished[0]["target_tokens"] == 3
-    )
+    assert finished[0]["wrong_id"] == "b"
+    assert finished[0]["loss"] == dict.fromkeys(heldout.CLIPS, 1.0)
+    assert finished[0]["target_tokens"] == 3
     assert rows[0]["messages"][0] == own  # the rows stay as they were

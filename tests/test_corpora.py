@@ -54,7 +54,8 @@ def read(name, folder, **options):
     for split, part in rows.items():
         for row in part:
             (segment,) = row["segments"]
-            assert row["dataset"] == name and segment["start"] == 0 < segment["end"]
+            assert row["dataset"] == name
+            assert segment["start"] == 0 < segment["end"]
             found[row["id"]] = (split, segment.get("text"), segment["attributes"])
     return found, {reason: sorted(clips) for reason, clips in skipped.items()}
 
@@ -413,9 +414,8 @@ def test_crema_d(tmp_path):
         "Ethnicity": "Not Hispanic",
     }
     assert found == {"AudioWAV/1001_DFA_ANG_XX.wav": ("train", "Don't forget a jacket.", facts)}
-    assert list(skipped) == ["broken"] and skipped["broken"][0].startswith(
-        "AudioWAV/1001_IEO_HAP_LO.wav: cannot be decoded"
-    )
+    assert list(skipped) == ["broken"]
+    assert skipped["broken"][0].startswith("AudioWAV/1001_IEO_HAP_LO.wav: cannot be decoded")
 
 
 def test_speech_commands(tmp_path):
@@ -543,7 +543,8 @@ def test_each_label_keeps_clips_to_train_on():
     clips = clips_of(one=1) + clips_of(a=1, b=1)
     clips[0].attributes = {"Label": "lonely"}
     corpora.hold_out(clips, by_label=True)
-    assert [clip.split for clip in clips].count("test") == 1 and clips[0].split == "train"
+    assert [clip.split for clip in clips].count("test") == 1
+    assert clips[0].split == "train"
 
 
 def test_cuts_and_copies_of_a_recording_stay_together(tmp_path):
@@ -555,7 +556,8 @@ def test_cuts_and_copies_of_a_recording_stay_together(tmp_path):
         )  # quieter, from its middle, with noise
         noise(tmp_path / f"bird/{i}_cut.wav", like=cut)
     rows, skipped = corpora.make("folder", tmp_path, tmp_path)
-    assert not skipped and 4 <= len(rows["test"]) <= 8
+    assert not skipped
+    assert 4 <= len(rows["test"]) <= 8
     groups = {row["id"]: row["group"] for part in rows.values() for row in part}
     for i in range(20):
         assert groups[f"bird/{i}.wav"] == groups[f"bird/{i}_cut.wav"]
@@ -603,22 +605,25 @@ def test_command_writes_metadata_and_report(tmp_path):
             "attributes": {"Emotion": "Happy", "Gender": "Male"}}],
     }  # fmt: skip
     report = json.loads(out.with_name("emodb.report.json").read_text())
-    assert report["rows"] == {"train": 1, "test": 1} and report["labels"]["test"] == {
+    assert report["rows"] == {"train": 1, "test": 1}
+    assert report["labels"]["test"] == {
         "Emotion": {"Neutral": 1},
         "Gender": {"Male": 1},
     }
-    assert report["skipped"] == {"broken": 1} and report["skipped clips"]["broken"][0].startswith(
-        "emodb/wav/16a02Nc.wav: "
-    )
+    assert report["skipped"] == {"broken": 1}
+    assert report["skipped clips"]["broken"][0].startswith("emodb/wav/16a02Nc.wav: ")
 
 
 def test_command_lists_and_explains():
     listed = script("corpora.py")
     assert listed.status == 0
     for name, reader in corpora.KNOWN.items():
-        assert name in listed.out and reader.url in listed.out and reader.licence in listed.out
+        assert name in listed.out
+        assert reader.url in listed.out
+        assert reader.licence in listed.out
     told = script("corpora.py", "esc50").out
-    assert "meta/esc50.csv" in told and "CC BY-NC 3.0" in told
+    assert "meta/esc50.csv" in told
+    assert "CC BY-NC 3.0" in told
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -637,7 +642,8 @@ def test_command_says_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     lines(tmp_path / "columns/meta/esc50.csv", "filename,fold", "a.wav,1")
     lines(tmp_path / "broken/wav/03a01Fa.wav", "no sound")
     ran = script("corpora.py", *arguments)
-    assert ran.status == 1 and "Traceback" not in ran.err
+    assert ran.status == 1
+    assert "Traceback" not in ran.err
     error = ran.err.strip().splitlines()[-1]
     for part in message.split(".* "):
         assert part.removeprefix("r") in error, error
@@ -653,7 +659,8 @@ def test_instructions(tmp_path):
     )
     lines(tmp_path / "aqa/audio.0.jsonl", *rows("What is heard?"))
     ran = script("corpora.py", "instructions", tmp_path / "aqa", "--out", tmp_path / "pool")
-    assert ran.status == 0 and "3 prompts of speech, in 6 rows" in ran.out
+    assert ran.status == 0
+    assert "3 prompts of speech, in 6 rows" in ran.out
     assert (tmp_path / "pool/speech.txt").read_text().splitlines() == [
         "Sing it.",
         "Who speaks?",
@@ -671,7 +678,8 @@ def test_instructions(tmp_path):
     }
     lines(tmp_path / "aqa/audio.0.jsonl", *rows("What is heard?"), '{"prompt": "cut of')
     ran = script("corpora.py", "instructions", tmp_path / "aqa", "--out", tmp_path / "pool")
-    assert ran.status == 1 and "audio.0.jsonl: line 2 is no row with a prompt" in ran.err
+    assert ran.status == 1
+    assert "audio.0.jsonl: line 2 is no row with a prompt" in ran.err
 
 
 # -- four real corpora, in full --------------------------------------------------------------------
@@ -707,7 +715,8 @@ def everything_is_accounted_for(rows, skipped, pattern):
 def test_real_emodb(real):
     rows, skipped = real("emodb")
     everything_is_accounted_for(rows, skipped, "emodb/wav/*.wav")
-    assert not skipped and (len(rows["train"]), len(rows["test"])) == (408, 127)
+    assert not skipped
+    assert (len(rows["train"]), len(rows["test"])) == (408, 127)
     emotions = {
         "Angry": 127,
         "Bored": 81,
@@ -727,7 +736,8 @@ def test_real_emodb(real):
 def test_real_digits(real):
     rows, skipped = real("digits")
     everything_is_accounted_for(rows, skipped, "free-spoken-digit-dataset/recordings/*.wav")
-    assert not skipped and (len(rows["train"]), len(rows["test"])) == (600, 120)
+    assert not skipped
+    assert (len(rows["train"]), len(rows["test"])) == (600, 120)
     assert counts(rows["train"], "Accent") == {
         "American": 120,
         "French": 120,
@@ -741,11 +751,11 @@ def test_real_digits(real):
 def test_real_animals(real):
     rows, skipped = real("animals")
     everything_is_accounted_for(rows, skipped, "Animal-Sound-Dataset/*/*.wav")
-    assert len(skipped["duplicate"]) >= 36 and set(skipped) <= {"duplicate", "broken"}
+    assert len(skipped["duplicate"]) >= 36
+    assert set(skipped) <= {"duplicate", "broken"}
     train, test = counts(rows["train"], "Animal"), counts(rows["test"], "Animal")
-    assert len(train) == len(test) == 10 and all(
-        3 <= test[animal] <= train[animal] / 3 for animal in train
-    )
+    assert len(train) == len(test) == 10
+    assert all(3 <= test[animal] <= train[animal] / 3 for animal in train)
     groups = {row["id"].split("/")[-1]: row["group"] for part in rows.values() for row in part}
     assert groups["dog_164.wav"] == groups["dog_140.wav"]  # one is cut out of the other
     assert groups["tavuk_14.wav"] == groups["tavuk_11.wav"] != groups["tavuk_20.wav"]
@@ -755,15 +765,15 @@ def test_real_animals(real):
 def test_real_philharmonia(real):
     rows, skipped = real("philharmonia")
     everything_is_accounted_for(rows, skipped, "philharmonia-samples/audio/**/*.mp3")
-    assert (
-        len(skipped["broken"]) == 1
-        and "saxophone_Fs3_15_fortissimo_normal.mp3" in skipped["broken"][0]
-    )  # an empty file
+    assert len(skipped["broken"]) == 1
+    assert "saxophone_Fs3_15_fortissimo_normal.mp3" in skipped["broken"][0]  # an empty file
     assert not {"piano", "forte"} & set(counts(rows["train"], "Dynamics"))
     notes = {
         part: {row["segments"][0]["attributes"].get("Note") for row in rows[part]} - {None}
         for part in rows
     }
-    assert not notes["train"] & notes["test"] and len(notes["test"]) >= 8
+    assert not notes["train"] & notes["test"]
+    assert len(notes["test"]) >= 8
     pitched = counts(rows["train"], "Instrument").keys() & counts(rows["test"], "Instrument").keys()
-    assert len(pitched) >= 15 and 0.1 < len(rows["test"]) / 1004 < 0.2
+    assert len(pitched) >= 15
+    assert 0.1 < len(rows["test"]) / 1004 < 0.2

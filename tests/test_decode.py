@@ -95,10 +95,8 @@ def test_fixed_lanes_give_the_tokens_of_growing_ones(like_gpus, pair, temperatur
     assert run(prompts(start=start), 64) == expected
     lanes = llm.lanes
     fewer = prompts(9, 20, start, seed=1)
-    assert (
-        run(fewer, 5) == one_by_one(llm, fewer, 40, temperature, top_p, seeds=seeds)
-        and llm.lanes is lanes
-    )
+    assert run(fewer, 5) == one_by_one(llm, fewer, 40, temperature, top_p, seeds=seeds)
+    assert llm.lanes is lanes
 
 
 def test_fixed_lanes_give_the_tokens_of_transformers(like_gpus, pair):
@@ -180,10 +178,12 @@ def test_whisper_waits_once_a_token(tiny_world, waits, monkeypatch):
     )
     torch.manual_seed(0)
     texts = hearing.transcribe_encoded(torch.randn(5, 150, 64), 30, no_speech_threshold=2)
-    assert len(set(map(len, texts))) > 1 and len(steps) > 10
+    assert len(set(map(len, texts))) > 1
+    assert len(steps) > 10
     # three steps have nothing to read but whether anybody speaks (English: start, no timestamps),
     # the last token needs no step
-    assert len(waits) <= len(steps) and set(waits) == {"tolist"}
+    assert len(waits) <= len(steps)
+    assert set(waits) == {"tolist"}
 
 
 @pytest.mark.parametrize("like_gpus", ["compiled"], indirect=True)

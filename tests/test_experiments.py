@@ -32,9 +32,8 @@ def test_runs_are_those_of_the_claims():
         run.targets for run in runs if run.claim == claim and run.llm == llm
     }
     assert [claim for claim in dict.fromkeys(run.claim for run in runs)] == [1, 2, 6, 3, 4, 5]
-    assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"} and targets(
-        1, ex.QWEN
-    ) == {"self", "qwen"}
+    assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"}
+    assert targets(1, ex.QWEN) == {"self", "qwen"}
     assert seeds(1, ex.SMOLLM2) == seeds(2, ex.SMOLLM2) == seeds(6, ex.SMOLLM2) == {0, 1, 2}
     assert (
         seeds(1, ex.QWEN)
@@ -43,7 +42,8 @@ def test_runs_are_those_of_the_claims():
         == seeds(5, ex.QWEN)
         == {0, 1}
     )
-    assert len(arms(2)) == 6 and targets(2, ex.SMOLLM2) == {"self", "labels"}
+    assert len(arms(2)) == 6
+    assert targets(2, ex.SMOLLM2) == {"self", "labels"}
     assert {run.train.get("lora_rank", 0) for run in runs if run.claim == 2} == {0, 16}
     assert targets(6, ex.SMOLLM2) == {"self", "one_instruction", "no_instruction"}
     assert targets(3, ex.SMOLLM2) == {"self", "no_speech", "no_sound", "no_music"}
@@ -68,14 +68,13 @@ def test_the_table_is_well_formed():
         "cot_text",
     }
     for run in runs:
-        assert (
-            run.targets in ex.TARGETS
-            and set(run.tests) <= tests
-            and set(run.train) <= set(settings)
-        )
+        assert run.targets in ex.TARGETS
+        assert set(run.tests) <= tests
+        assert set(run.train) <= set(settings)
         assert (run.train | ex.TRAIN)["max_steps"] <= 300, "no run over 15 minutes"
     assert len({(run.claim, run.name, run.seed) for run in runs}) == len(runs)
-    assert set(ex.TRAIN) <= set(settings) and set(tables.COLUMNS) == set(ex.ORDER)
+    assert set(ex.TRAIN) <= set(settings)
+    assert set(tables.COLUMNS) == set(ex.ORDER)
     # what several claims share is one run
     assert (
         len({run.key for run in runs})
@@ -90,13 +89,13 @@ def test_the_table_is_well_formed():
 def test_instructions_and_classes_are_held_out():
     lines = [f"{i}?" for i in range(20)]
     pool, new = ex.INSTRUCTIONS["pool"](lines), ex.INSTRUCTIONS["new"](lines)
-    assert sorted(pool + new) == sorted(lines) and len(new) == 6
-    assert len(ex.INSTRUCTIONS["one"](lines)) == 1 and ex.INSTRUCTIONS["none"](lines) == []
-    assert (
-        ex.is_new("Sound", "dog barking")
-        and not ex.is_new("Sound", "rain")
-        and not ex.is_new("Volume", "violin")
-    )
+    assert sorted(pool + new) == sorted(lines)
+    assert len(new) == 6
+    assert len(ex.INSTRUCTIONS["one"](lines)) == 1
+    assert ex.INSTRUCTIONS["none"](lines) == []
+    assert ex.is_new("Sound", "dog barking")
+    assert not ex.is_new("Sound", "rain")
+    assert not ex.is_new("Volume", "violin")
 
 
 def test_label_templates():
@@ -111,9 +110,8 @@ def test_label_templates():
         "prompt": "?",
         "response": "The gender is female. The speaking rate is slow.",
     }
-    assert ex.without("speech")({"dataset": "demo-speech"}) is None and ex.without("speech")(
-        {"dataset": "demo-music"}
-    )
+    assert ex.without("speech")({"dataset": "demo-speech"}) is None
+    assert ex.without("speech")({"dataset": "demo-music"})
 
 
 # -- doing them ------------------------------------------------------------------------------------
@@ -148,13 +146,12 @@ def test_a_second_run_does_what_is_missing(place):
     failing = [run for run in runs if run.targets == "qwen"]
     assert place.do_all(runs, -1, 2) == len(failing) == 3
     lines = place.results()
-    assert len(lines) == len(runs) - 3 and {line["claim"] for line in lines} == {1, 2}
+    assert len(lines) == len(runs) - 3
+    assert {line["claim"] for line in lines} == {1, 2}
     one = lines[0]
-    assert (
-        one["commit"] == "abc"
-        and one["tap_weights"] == {"0": [[0.5, 0.5]]}
-        and one["train"]["max_steps"] == 300
-    )
+    assert one["commit"] == "abc"
+    assert one["tap_weights"] == {"0": [[0.5, 0.5]]}
+    assert one["train"]["max_steps"] == 300
     assert one["results"] == {test: {"figure": [1, 0]} for test in ex.STANDARD}
     # what claim 1 had found of the same training was not asked again
     assert len(place.asked) == len(set(place.asked))
@@ -163,7 +160,8 @@ def test_a_second_run_does_what_is_missing(place):
         "text",
     }
     place.asked.clear()
-    assert place.do_all(runs, -1, 1) == 3 and len(place.results()) == len(lines)
+    assert place.do_all(runs, -1, 1) == 3
+    assert len(place.results()) == len(lines)
     assert {key for key, _ in place.asked} == {run.key for run in failing}
     # a kill tore the last line: its run is done again, on a line of its own
     file = place.file(1)
@@ -177,11 +175,9 @@ def test_a_second_run_does_what_is_missing(place):
 
 
 def test_no_run_begins_after_the_minutes(place):
-    assert (
-        place.do_all(list(ex.all_runs([6])), 0, 2) == 0
-        and place.results() == []
-        and place.asked == []
-    )
+    assert place.do_all(list(ex.all_runs([6])), 0, 2) == 0
+    assert place.results() == []
+    assert place.asked == []
 
 
 def test_files_are_made_once(tmp_path):
@@ -189,8 +185,8 @@ def test_files_are_made_once(tmp_path):
     make = lambda path: (made.append(path), path.write_text("x"))
     assert (
         place.once(tmp_path / "a/b", make) == place.once(tmp_path / "a/b", make) == tmp_path / "a/b"
-        and len(made) == 1
     )
+    assert len(made) == 1
 
 
 def test_a_failing_script_is_told_of(tmp_path):
@@ -211,7 +207,8 @@ def test_wrong_commands(tmp_path):
         (["run", "--claims", "7"], "some of 1 to 6"),
     ):
         done = script("tools/experiments.py", *arguments)
-        assert done.status == 1 and said in done.err
+        assert done.status == 1
+        assert said in done.err
 
 
 @pytest.mark.slow
@@ -228,10 +225,12 @@ def test_quick(tmp_path, monkeypatch, smollm2_folder, tiny_en_folder):
     lines = read_jsonl(tmp_path / "out/experiments.quick/claim1.jsonl")
     assert sorted(line["name"] for line in lines) == ["label templates", "own, T 0.05"]
     for line in lines:
-        assert set(line["results"]) == set(ex.STANDARD) and line["tap_weights"]
+        assert set(line["results"]) == set(ex.STANDARD)
+        assert line["tap_weights"]
         assert set(line["results"]["obey"]) == {"description", "sound", "delta"}
     again = script("tools/experiments.py", "run", "--quick", "1", "--clips", "clips")
-    assert again.status == 0 and "0 runs to do, 2 done" in again.out
+    assert again.status == 0
+    assert "0 runs to do, 2 done" in again.out
 
 
 # -- what predictions say --------------------------------------------------------------------------
@@ -260,13 +259,14 @@ def test_naming():
         predicted("music", {"Instrument": "violin"}, "a piano", "a violin"),
     ]
     found = ex.naming(rows)
-    assert found["right"] == [1, 0] and found["text"] == [0.5, 1] and found["wrong"] == [0, 0]
-    assert found["right, new class"] == [1, 0] and found["text, new class"] == [1, 1]
-    assert (
-        found["right, sound"] == [1]
-        and found["right, music"] == [0]
-        and found["right, speech"] == []
-    )
+    assert found["right"] == [1, 0]
+    assert found["text"] == [0.5, 1]
+    assert found["wrong"] == [0, 0]
+    assert found["right, new class"] == [1, 0]
+    assert found["text, new class"] == [1, 1]
+    assert found["right, sound"] == [1]
+    assert found["right, music"] == [0]
+    assert found["right, speech"] == []
     assert found["chance"] == [0.5, 1], "the answer to the next clip of the domain"
     assert found["loss right"] == 2
     rows = [row | {"loss": {"description": 4 * math.log(3)}} for row in rows]
@@ -317,11 +317,9 @@ def test_tables_and_figures(tmp_path):
     )
     tables.write(lines, page, tmp_path)
     text = page.read_text()
-    assert (
-        "old" not in text
-        and text.count("Not run yet.") == 5
-        and all(f"text {claim}\n" in text for claim in ex.ORDER)
-    )
+    assert "old" not in text
+    assert text.count("Not run yet.") == 5
+    assert all(f"text {claim}\n" in text for claim in ex.ORDER)
     rows = [row.split(" | ") for row in text.split("<!-- table 1 -->\n")[1].split("\n")[:6]]
     assert [row[0] for row in rows[2:]] == [
         "| own, T 0.05",
@@ -330,12 +328,15 @@ def test_tables_and_figures(tmp_path):
         "| Qwen: own",
     ], "the order of the runs' table"
     named = [row[2] for row in rows[2:]]
-    assert named[0].startswith("0.750 (0.6") and "<br>" not in named[0]
+    assert named[0].startswith("0.750 (0.6")
+    assert "<br>" not in named[0]
     assert named[1].startswith("0.250 (0.") and "<br>-0.500 (-0.500 to -0.500)" in named[1], (
         "paired by clip"
     )
     assert "<br>none (" in named[2] and "<br>" not in named[3], "compared within a backbone"
-    assert rows[2][1] == "3" and rows[2][5] == "1.500" and rows[2][4].startswith("-0.500 (-0.")
+    assert rows[2][1] == "3"
+    assert rows[2][5] == "1.500"
+    assert rows[2][4].startswith("-0.500 (-0.")
     assert all(
         "</svg>" in (tmp_path / name).read_text()
         for name in ("experiments.svg", "experiments.taps.svg")
@@ -349,10 +350,8 @@ def test_tables_and_figures(tmp_path):
 
 def test_the_page_holds_all_tables():
     text = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
-    assert (
-        all(text.count(f"<!-- table {claim} -->\n") == 1 for claim in ex.ORDER)
-        and text.count("<!-- end -->") == 6
-    )
+    assert all(text.count(f"<!-- table {claim} -->\n") == 1 for claim in ex.ORDER)
+    assert text.count("<!-- end -->") == 6
 
 
 def test_intervals_cover_clips_and_seeds():
@@ -362,7 +361,8 @@ def test_intervals_cover_clips_and_seeds():
     values = random.integers(0, 2, (3, 150)).astype(float)
     low, high = tables.interval(tables.draws(values, "a"))
     expected = 1.96 * values.mean(0).std() / 150**0.5  # of the clips alone
-    assert low < values.mean() < high and 0.8 * expected < (high - low) / 2 < 2 * expected
+    assert low < values.mean() < high
+    assert 0.8 * expected < (high - low) / 2 < 2 * expected
     apart = values + [[0.0], [0.3], [0.6]]
     low_apart, high_apart = tables.interval(tables.draws(apart, "a"))
     assert high_apart - low_apart > 1.3 * (high - low), "seeds that differ widen it"
@@ -408,9 +408,8 @@ def test_gradients_equal_the_textbooks(tiny_world, options):
         if (
             gradient is None
         ):  # the fast cross-attention drops the key's bias, which softmax does not see
-            assert (
-                name.endswith("crossattention.self.key.bias") and textbook[name].abs().max() < 1e-6
-            )
+            assert name.endswith("crossattention.self.key.bias")
+            assert textbook[name].abs().max() < 1e-6
             continue
         torch.testing.assert_close(
             gradient, textbook[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
@@ -439,11 +438,13 @@ def test_train_llm_trains_the_llm_and_is_loaded_again(tiny_world, tmp_path, floa
     )
     before, after = load().llm.state_dict(), load(tmp_path / "adapter").llm.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert bool(changed) == train_llm and (not train_llm or len(changed) == len(before))
+    assert bool(changed) == train_llm
+    assert not train_llm or len(changed) == len(before)
     # a run that goes on from its checkpoint begins with what it had learned
     straight = read_jsonl(tmp_path / "log.jsonl")
     done = script(*command(tiny_world, tmp_path, train_llm=train_llm, llm_lr=1e-2, max_steps=3))
-    assert done.status == 0 and f"continuing {tmp_path} at step 2" in done.out
+    assert done.status == 0
+    assert f"continuing {tmp_path} at step 2" in done.out
     again = script(
         *command(
             tiny_world,
@@ -488,7 +489,8 @@ def test_last_taps_alone(tiny_world, tmp_path, float32):
     model = DeSTA.from_pretrained(
         tiny_world.llm, tiny_world.whisper, tmp_path / "adapter", torch.float32, "cpu"
     )
-    assert model.taps == [3] and model.adapter.layer_weights.shape == (4, 1)
+    assert model.taps == [3]
+    assert model.adapter.layer_weights.shape == (4, 1)
     records = [record for record in read_jsonl(tmp_path / "log.jsonl") if "eval_loss" in record]
     assert [record["tap_weights"] for record in records] == [[[1.0]] * 4] * 3
     assert "tap_weights" not in done.out, "tables are for the file"
@@ -521,7 +523,8 @@ def test_no_instruction(tiny_world, tmp_path, float32):
     done = script("generate_data.py", *tiny_world.models, *flags(**settings), "--system", "Hear.")
     assert done.status == 0, done.err
     rows = read_jsonl(tmp_path / "out.jsonl")
-    assert len(rows) == 6 and all(
+    assert len(rows) == 6
+    assert all(
         row["prompt"] == ""
         and row["messages"][-1]["content"] == "<start_audio><|AUDIO|><end_audio>"
         for row in rows

@@ -86,12 +86,11 @@ def test_prompts_are_those_the_llm_reads(exported, direct, tiny_world):
             line["prompt"]
             == text
             == tokenizer.decode(line["prompt_token_ids"], skip_special_tokens=False)
-            and line["clip"] == row["id"]
         )
+        assert line["clip"] == row["id"]
     left = {file.name for file in exported[0].parent.iterdir()}
-    assert left == {"prompts.jsonl", "prompts.jsonl.info.json"} and "weights_sha256" not in info(
-        exported[0]
-    )
+    assert left == {"prompts.jsonl", "prompts.jsonl.info.json"}
+    assert "weights_sha256" not in info(exported[0])
 
 
 @pytest.mark.parametrize("keep_truncated", [0, 1])
@@ -112,13 +111,10 @@ def test_answers_of_another_engine_give_the_same_rows(
     )
     assert done.status == 0, done.err
     rows = [row for row in read_jsonl(direct) if keep_truncated or "truncated" not in row]
-    assert (
-        0 < sum("truncated" in row for row in read_jsonl(direct)) < 24 and read_jsonl(out) == rows
-    )
-    assert (
-        info(out)["counts"]["rows"] == len(rows)
-        and info(out)["weights_sha256"] == info(direct)["weights_sha256"]
-    )
+    assert 0 < sum("truncated" in row for row in read_jsonl(direct)) < 24
+    assert read_jsonl(out) == rows
+    assert info(out)["counts"]["rows"] == len(rows)
+    assert info(out)["weights_sha256"] == info(direct)["weights_sha256"]
 
 
 def test_missing_answers_are_an_error_and_finished_blocks_stay(
@@ -130,17 +126,22 @@ def test_missing_answers_are_an_error_and_finished_blocks_stay(
     )
     arguments = command(tiny_world, out := tmp_path / "rows.jsonl", answers=some)
     done = script(*arguments)
-    assert done.status == 1 and done.err.splitlines()[-1].startswith(
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith(
         f"error: {some}: no answer to 2 of 6 prompts, first to {lines[9]['id']} ("
     )
-    assert not out.exists() and len(list(tmp_path.glob("rows.jsonl.parts/0*.jsonl"))) == 1
+    assert not out.exists()
+    assert len(list(tmp_path.glob("rows.jsonl.parts/0*.jsonl"))) == 1
     write_jsonl(some, exported[1])
-    assert script(*arguments).status == 0 and read_jsonl(out) == read_jsonl(direct)
+    assert script(*arguments).status == 0
+    assert read_jsonl(out) == read_jsonl(direct)
     # answers to other prompts are none: another seed draws other instructions
     other = script(*command(tiny_world, tmp_path / "other.jsonl", answers=some, seed=1))
-    assert other.status == 1 and "no answer to" in other.err
+    assert other.status == 1
+    assert "no answer to" in other.err
     both = script(*command(tiny_world, out, answers=some, export=tmp_path / "x"))
-    assert both.status == 1 and "--export comes first" in both.err
+    assert both.status == 1
+    assert "--export comes first" in both.err
 
 
 def test_broken_answers_are_counted(exported, direct, tiny_world, tmp_path, float32):
@@ -150,19 +151,17 @@ def test_broken_answers_are_counted(exported, direct, tiny_world, tmp_path, floa
     answers[2] = {"id": answers[2]["id"], "finish_reason": "stop"}
     file = write_jsonl(tmp_path / "answers.jsonl", answers)
     assert script(*command(tiny_world, out := tmp_path / "rows.jsonl", answers=file)).status == 0
-    assert (
-        info(out)["counts"]["rows"] == 21
-        and info(out)["counts"]["skipped"] == 3
-        and all(row in read_jsonl(direct) for row in read_jsonl(out))
-    )
+    assert info(out)["counts"]["rows"] == 21
+    assert info(out)["counts"]["skipped"] == 3
+    assert all(row in read_jsonl(direct) for row in read_jsonl(out))
     assert {row["skipped"].split(" needs")[0] for row in info(out)["skipped"]} == {
         f"{file}, row {n}" for n in (1, 2, 3)
     }
     write_jsonl(file, [answers[3], {"text": "whose?"}])
     nameless = script(*command(tiny_world, tmp_path / "x.jsonl", answers=file))
+    assert nameless.status == 1
     assert (
-        nameless.status == 1
-        and nameless.err.splitlines()[-1]
+        nameless.err.splitlines()[-1]
         == f"error: {file}, row 2: each line needs the id of the exported prompt"
     )
 
@@ -173,12 +172,10 @@ def test_broken_answers_are_counted(exported, direct, tiny_world, tmp_path, floa
 def test_hearing_ahead_gives_the_same_rows(direct, tiny_world, tmp_path, float32):
     done = script(*command(tiny_world, out := tmp_path / "rows.jsonl", ahead=1))
     assert done.status == 0 and read_jsonl(out) == read_jsonl(direct), done.err
-    assert (
-        all(
-            f"{what} " in done.out.splitlines()[1] for what in ("reading", "transcripts", "answers")
-        )
-        and "while the LLM answered" in done.out
+    assert all(
+        f"{what} " in done.out.splitlines()[1] for what in ("reading", "transcripts", "answers")
     )
+    assert "while the LLM answered" in done.out
 
 
 def test_the_next_block_is_prepared_meanwhile(tmp_path):
@@ -186,7 +183,8 @@ def test_the_next_block_is_prepared_meanwhile(tmp_path):
     log, main = [], threading.get_ident()
 
     def prepare(numbers):
-        assert threading.get_ident() != main and not torch.is_inference_mode_enabled()
+        assert threading.get_ident() != main
+        assert not torch.is_inference_mode_enabled()
         log.append(f"prepare {numbers.start}")
         if numbers.start == 6 and "fail" in log:
             raise ValueError("unreadable")

@@ -70,20 +70,24 @@ def test_rows_have_the_public_form(straight, tiny_world):
         clip["id"] for clip in tiny_world.clips for _ in range(2)
     ]
     for row, clip in zip(rows, [clip for clip in tiny_world.clips for _ in range(2)]):
-        assert (
-            set(row) - {"truncated"}
-            == {"id", "dataset", "seed_description", "prompt", "response", "messages"}
-            and row["dataset"] == "tiny"
-        )
+        assert set(row) - {"truncated"} == {
+            "id",
+            "dataset",
+            "seed_description",
+            "prompt",
+            "response",
+            "messages",
+        }
+        assert row["dataset"] == "tiny"
         assert row["seed_description"] == generate_data.describe(clip["segments"])
         *context, user = row["messages"]
         (audio,) = user["audios"]
-        assert (
-            context == json.loads((ROOT / "demo/context.json").read_text())
-            and user["role"] == "user"
-        )
+        assert context == json.loads((ROOT / "demo/context.json").read_text())
+        assert user["role"] == "user"
         assert user["content"] == f"<start_audio><|AUDIO|><end_audio>\n\n{row['prompt']}"
-        assert audio["audio"] == clip["id"] and isinstance(audio["text"], str) and audio["text"]
+        assert audio["audio"] == clip["id"]
+        assert isinstance(audio["text"], str)
+        assert audio["text"]
         assert (
             row["prompt"]
             in (tiny_world.instructions / f"{clip['domain']}.txt").read_text().splitlines()
@@ -94,10 +98,8 @@ def test_rows_have_the_public_form(straight, tiny_world):
     assert len({row["prompt"] for row in rows if "speech" in row["prompt"]}) == 3, (
         "all clips got the same instructions"
     )
-    assert (
-        len({row["messages"][-1]["audios"][0]["text"] for row in rows}) > 6
-        and len({row["response"] for row in rows}) > 6
-    )
+    assert len({row["messages"][-1]["audios"][0]["text"] for row in rows}) > 6
+    assert len({row["response"] for row in rows}) > 6
 
 
 def test_answers_are_what_the_llm_says_to_the_description(tiny_world, tmp_path, float32):
@@ -135,17 +137,15 @@ def test_instructions_are_drawn_per_row_from_the_seed(straight, tiny_world, tmp_
         row["prompt"] for n in (5, 4) for row in first[2 * n : 2 * n + 2]
     ]
     other = fewer("b", limit=6, seed=1)
-    assert len(other) == 12 and [row["prompt"] for row in other] != [
-        row["prompt"] for row in first[:12]
-    ]
+    assert len(other) == 12
+    assert [row["prompt"] for row in other] != [row["prompt"] for row in first[:12]]
 
 
 def test_cut_answers_are_marked_or_left_out_and_counted(straight, tiny_world, tmp_path, float32):
     rows = read_jsonl(straight)
     whole = [row for row in rows if "truncated" not in row]
-    assert 3 < len(whole) < 21 and all(
-        row["truncated"] is True for row in rows if "truncated" in row
-    )
+    assert 3 < len(whole) < 21
+    assert all(row["truncated"] is True for row in rows if "truncated" in row)
     assert info(straight)["counts"] == {
         "rows": 24,
         "truncated": 24 - len(whole),
@@ -182,11 +182,9 @@ def test_rows_can_be_trained_on(straight, tiny_world, tmp_path):
         data=straight, eval_data=straight, out=tmp_path, global_batch=8, micro_batch=8, max_steps=3,
         standardize=4, eval_rows=4, **tiny_world.adapter
     ))  # fmt: skip
-    assert (
-        done.status == 0
-        and "left out" not in done.out + done.err
-        and (tmp_path / "adapter/model.safetensors").is_file()
-    )
+    assert done.status == 0
+    assert "left out" not in done.out + done.err
+    assert (tmp_path / "adapter/model.safetensors").is_file()
 
 
 def test_a_cut_answer_teaches_no_ending(straight, tiny_world):
@@ -267,11 +265,9 @@ def test_provenance(straight, tiny_world):
         1.0,
         0,
     )
-    assert (
-        found["skipped"] == []
-        and found["command"].startswith("generate_data.py --llm")
-        and found["git"]
-    )
+    assert found["skipped"] == []
+    assert found["command"].startswith("generate_data.py --llm")
+    assert found["git"]
     left = {file.name for file in straight.parent.iterdir()} - {
         "rows.jsonl.index"
     }  # whoever reads the rows leaves that
@@ -281,9 +277,9 @@ def test_provenance(straight, tiny_world):
 def test_finished_work_is_not_done_again(straight, tiny_world):
     before = straight.stat().st_mtime_ns
     done = script(*command(tiny_world, straight))
-    assert (
-        done.status == 0 and "nothing to do" in done.out and straight.stat().st_mtime_ns == before
-    )
+    assert done.status == 0
+    assert "nothing to do" in done.out
+    assert straight.stat().st_mtime_ns == before
 
 
 # -- kills, processes ------------------------------------------------------------------------------
@@ -305,7 +301,8 @@ def test_killed_then_continued_by_two_processes_equals_straight(straight, tiny_w
     done = {file: file.stat().st_mtime_ns for file in finished()}
     for changes in ({"seed": 1}, {"temperature": 1.0}, {"limit": 4}):
         other = script(*command(tiny_world, out, block=1, **changes))
-        assert other.status == 1 and other.err.splitlines()[-1].startswith(
+        assert other.status == 1
+        assert other.err.splitlines()[-1].startswith(
             f"error: {parts} holds blocks made with other settings"
         )
     assert {file: file.stat().st_mtime_ns for file in finished()} == done
@@ -319,11 +316,9 @@ def test_killed_then_continued_by_two_processes_equals_straight(straight, tiny_w
     assert [row | {"dataset": "tiny"} for row in rows] == read_jsonl(straight), (
         "rows are missing, double, or others than those of one go"
     )
-    assert (
-        info(out)["counts"] == info(straight)["counts"]
-        and info(out)["world_size"] == 2
-        and not parts.exists()
-    )
+    assert info(out)["counts"] == info(straight)["counts"]
+    assert info(out)["world_size"] == 2
+    assert not parts.exists()
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -358,9 +353,11 @@ def test_bad_clips_are_skipped_and_listed(straight, tiny_world, tmp_path, float3
     assert [row["messages"] for row in read_jsonl(out)] == [
         row["messages"] for row in read_jsonl(straight)[:4]
     ]
-    assert info(out)["counts"]["rows"] == 4 and info(out)["counts"]["skipped"] == 9
+    assert info(out)["counts"]["rows"] == 4
+    assert info(out)["counts"]["skipped"] == 9
     for number, (listed, (_, reason)) in enumerate(zip(info(out)["skipped"], bad, strict=True), 2):
-        assert listed["id"] == f"row {number}" and reason in listed["skipped"]
+        assert listed["id"] == f"row {number}"
+        assert reason in listed["skipped"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -372,6 +369,7 @@ def test_bad_clips_are_skipped_and_listed(straight, tiny_world, tmp_path, float3
 ])  # fmt: skip
 def test_what_a_user_can_get_wrong_is_one_clear_line(tiny_world, tmp_path, change, message):
     done = script(*command(tiny_world, tmp_path / "rows.jsonl"), *change)
-    assert done.status != 0 and not (tmp_path / "rows.jsonl").exists()
+    assert done.status != 0
+    assert not (tmp_path / "rows.jsonl").exists()
     with pytest.raises(ValueError, match=rf"error: .*{message}"):
         raise ValueError(done.err.splitlines()[-1])

@@ -197,21 +197,19 @@ class Device(TorchDispatchMode):
         memory-efficient kernel.
         """
         part, T, S = self.parts[-1], q.shape[2], k.shape[2]
-        assert {t.device.type for t in (q, k, v)} == {"gpu"} and {t.dtype for t in (q, k, v)} == {
-            torch.bfloat16
-        }
-        assert (
-            q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 256
-        )
+        assert {t.device.type for t in (q, k, v)} == {"gpu"}
+        assert {t.dtype for t in (q, k, v)} == {torch.bfloat16}
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        assert q.shape[-1] % 8 == 0
+        assert q.shape[-1] <= 256
         assert k.shape[1] == q.shape[1] or enable_gqa
         assert not is_causal or T == S, (
             "causal attention of a part of the keys starts at the first one"
         )
         if attn_mask is not None:
             assert part == "decoding", f"a mask in {part}: FlashAttention has none"
-            assert attn_mask.device == q.device and attn_mask.dtype == q.dtype
+            assert attn_mask.device == q.device
+            assert attn_mask.dtype == q.dtype
         mask = "mask" if attn_mask is not None else "causal" if is_causal else "all"
         self.shapes[part, tuple(q.shape), tuple(k.shape), mask] += 1
         return Attention.apply(self, q, k, v)
@@ -599,7 +597,8 @@ def test_long_micro_batches_take_several_passes_with_the_same_gradient(monkeypat
         lambda rows, n_target_tokens: passes.append(len(rows)) or real(rows, n_target_tokens),
     )
     one, flat = gradients_of(model, rows, 10_000)
-    assert passes == [3, 1] and flat.abs().max() > 1e-4
+    assert passes == [3, 1]
+    assert flat.abs().max() > 1e-4
     several, again = gradients_of(model, rows, 200)
     assert passes == [3, 1, 1, 1, 1, 1]
     torch.testing.assert_close(several, one)
@@ -611,11 +610,9 @@ def test_passes_are_no_longer_than_asked():
     parts = lambda lengths, most: [
         [len(r["ids"]) + 1 for r in part] for part in split_long([row(n) for n in lengths], most)
     ]
-    assert (
-        parts([], 100) == []
-        and parts([10] * 4, 40) == [[10] * 4]
-        and parts([10] * 5, 40) == [[10] * 4, [10]]
-    )
+    assert parts([], 100) == []
+    assert parts([10] * 4, 40) == [[10] * 4]
+    assert parts([10] * 5, 40) == [[10] * 4, [10]]
     assert parts([10, 10, 30, 10], 40) == [[10, 10], [30], [10]], "padding counts"
     assert parts([99, 10], 40) == [[99], [10]], "one row is computed whatever its length"
 
@@ -680,9 +677,8 @@ def ranks(folder, world_folder):
     torch.manual_seed(0)
     model = load(shard_llm=True)
     shard = model.llm.model.layers[0].mlp.up_proj.weight
-    assert (
-        tuple(shard.device_mesh.shape) == (2, 2) and shard.to_local().numel() == shard.numel() // 2
-    )
+    assert tuple(shard.device_mesh.shape) == (2, 2)
+    assert shard.to_local().numel() == shard.numel() // 2
     group = dist.get_process_group_ranks(shard.device_mesh["processes"].get_group())
     assert group == [rank // 2 * 2, rank // 2 * 2 + 1], "a block is gathered within its node"
 

@@ -160,8 +160,10 @@ def test_two_fills_differ_in_the_slots_only(tokenizer):
         filled, contents = [], iter(map(slots[name], audios))
         for token in prompts["marked"]:
             filled += next(contents) if token == -100 else [token]
-        assert filled == prompts[name] and list(contents) == []
-    assert prompts["in sound"].count(AUDIO_ID) == 21 and AUDIO_ID not in prompts["in words"]
+        assert filled == prompts[name]
+        assert list(contents) == []
+    assert prompts["in sound"].count(AUDIO_ID) == 21
+    assert AUDIO_ID not in prompts["in words"]
     assert slots["in sound"](audios[0]) == [AUDIO_ID] * 7 + tokenizer.encode(
         "one two"
     )  # vectors first, then the transcript
@@ -195,7 +197,8 @@ def test_text_from_outside_cannot_inject_a_turn(tokenizer, model):
             [i for i in ids if i != AUDIO_ID], skip_special_tokens=False
         ), f"{where} must arrive unchanged"
     target = model.reader.prepare({"messages": [SYSTEM], "response": attack})["target"]
-    assert target[-1] == tokenizer.eos_id and count(target) == [0, 1, 0]
+    assert target[-1] == tokenizer.eos_id
+    assert count(target) == [0, 1, 0]
 
 
 @pytest.mark.parametrize("message, count", [
@@ -335,11 +338,9 @@ def test_loss_and_gradients_equal_the_reference_modules(path, model, tiny_world,
         assert error < 1e-4 * gradients[name].norm() + 1e-7 * scale, (
             f"the gradient of {name} is the first to differ: {error:.1e}"
         )
-    assert (
-        gradients["proj.1.weight"].any()
-        and gradients["layer_prompts.0"].any()
-        and gradients["layer_weights"].any()
-    )
+    assert gradients["proj.1.weight"].any()
+    assert gradients["layer_prompts.0"].any()
+    assert gradients["layer_weights"].any()
     assert all(p.grad is None for part in (model.llm, model.whisper) for p in part.parameters())
 
 
@@ -395,12 +396,12 @@ def test_audio_id_never_reaches_the_embedding_table(model, tiny_world, monkeypat
     seen, embed = [], model.llm.embed
     monkeypatch.setattr(model.llm, "embed", lambda ids: seen.append(ids) or embed(ids))
     x = model.embed(ids, [torch.zeros(1)])
-    assert torch.equal(x[:, 1:6], vectors) and torch.equal(
-        x[0, [0, 6]], embed(torch.tensor([5, 6]))
-    )
+    assert torch.equal(x[:, 1:6], vectors)
+    assert torch.equal(x[0, [0, 6]], embed(torch.tensor([5, 6])))
     model.loss(ragged_rows()[:1], root=tiny_world.data)
     model.generate(ragged_rows()[0]["messages"], 2, root=tiny_world.data)
-    assert len(seen) >= 4 and all(ids.min() >= 0 for ids in seen)
+    assert len(seen) >= 4
+    assert all(ids.min() >= 0 for ids in seen)
     with pytest.raises(AssertionError, match="slots and clips"):
         model.embed(ids[:, 1:], [torch.zeros(1)]), model.embed(ids[:, :5], [torch.zeros(1)])
 
@@ -470,15 +471,14 @@ def test_precisions(model, tiny_world):
     official = load(tiny_world, dtype=torch.bfloat16, audio_dtype=torch.float32)
     exact, loss = model.audio_vectors(mel), model.loss(ragged_rows(), root=tiny_world.data)
     vectors = official.audio_vectors(mel)
-    assert vectors.dtype == torch.float32 and torch.equal(vectors, exact)
+    assert vectors.dtype == torch.float32
+    assert torch.equal(vectors, exact)
     low = load(tiny_world, dtype=torch.bfloat16)
-    assert low.audio_vectors(mel).dtype == torch.bfloat16 and not torch.equal(
-        low.audio_vectors(mel).float(), exact
-    )
+    assert low.audio_vectors(mel).dtype == torch.bfloat16
+    assert not torch.equal(low.audio_vectors(mel).float(), exact)
     for half in (official, low):
-        assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16} and {
-            p.dtype for p in half.adapter.parameters()
-        } == {torch.float32}
+        assert {p.dtype for p in half.llm.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in half.adapter.parameters()} == {torch.float32}
         assert abs(half.loss(ragged_rows(), root=tiny_world.data) - loss) < 0.02 * loss
         assert len(half.generate(conversations(), 4, root=tiny_world.data)) == 4
 
@@ -516,7 +516,8 @@ def test_a_short_clip_in_a_short_window(tiny_world, ragged_clips, model, monkeyp
         model.reader.mels(f"{clip}.wav", ragged_clips, lambda text: None).shape[-1]
         for clip in (0.4, 1.0, 1.3, 3.5)
     ]
-    assert frames(fitting) == [100, 100, 200, 300] and frames(model) == [300] * 4
+    assert frames(fitting) == [100, 100, 200, 300]
+    assert frames(model) == [300] * 4
     # The vectors of a clip do not hang on the clips beside it, nor do its loss and its answer.
     rows = [
         fitting.reader.prepare(
@@ -569,9 +570,8 @@ def test_an_adapter_keeps_its_windows(tiny_world, ragged_clips, tmp_path):
     )
     assert done.status == 0 and "left out" not in done.err, done.err
     model = DeSTA.from_pretrained(tiny_world.llm, tiny_world.whisper, tmp_path / "out/adapter")
-    assert (
-        model.config.fit_window == 1 and model.reader.mels("1.3.wav", ragged_clips).shape[-1] == 200
-    )
+    assert model.config.fit_window == 1
+    assert model.reader.mels("1.3.wav", ragged_clips).shape[-1] == 200
     done = script(
         "train.py",
         *tiny_world.models,
@@ -598,18 +598,30 @@ def test_adapter_round_trip(spare, tiny_world, tmp_path):
         "perception.connector." + name for name in model.adapter.state_dict()
     }
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config.pop("placeholder_token") and len(config.pop("sha256")) == 64 and config == {
-        "llm_model_id": str(tiny_world.llm), "encoder_model_id": str(tiny_world.whisper),
+    assert config.pop("placeholder_token")
+    assert len(config.pop("sha256")) == 64
+    assert config == {
+        "llm_model_id": str(tiny_world.llm),
+        "encoder_model_id": str(tiny_world.whisper),
         "connector_mode": "qformer_1",
-        "qformer_num_hidden_layers": 2, "prompt_size": 5, "audio_locator": "<|AUDIO|>",
-        "audio_seconds": 3, "long_audio": "cut", "fit_window": 0, "use_lora": False, "lora_rank": 0,
-        "n_taps": 4, "train_llm": 0,
-        "context": [SYSTEM], "max_answer_tokens": 40,
-    }  # fmt: skip
+        "qformer_num_hidden_layers": 2,
+        "prompt_size": 5,
+        "audio_locator": "<|AUDIO|>",
+        "audio_seconds": 3,
+        "long_audio": "cut",
+        "fit_window": 0,
+        "use_lora": False,
+        "lora_rank": 0,
+        "n_taps": 4,
+        "train_llm": 0,
+        "context": [SYSTEM],
+        "max_answer_tokens": 40,
+    }
     again = DeSTA.from_pretrained(
         tiny_world.llm, tiny_world.whisper, tmp_path / "a", dtype=torch.float32, device="cpu"
     )
-    assert again.config == model.config and again.adapter.config == model.adapter.config
+    assert again.config == model.config
+    assert again.adapter.config == model.adapter.config
     torch.testing.assert_close(
         again.loss(ragged_rows(), root=tiny_world.data),
         model.loss(ragged_rows(), root=tiny_world.data),
@@ -676,9 +688,7 @@ def test_command_line(model, tiny_world, tmp_path):
     )  # in the dtype and on the device that the command chose
     assert (done.status, done.out) == (0, same.generate(messages, 8)[0] + "\n")
     failed = script("model.py", tmp_path / "missing.wav", *models)
-    assert (
-        failed.status == 1
-        and failed.err.startswith("error: ")
-        and "missing.wav" in failed.err
-        and failed.err.count("\n") == 1
-    )
+    assert failed.status == 1
+    assert failed.err.startswith("error: ")
+    assert "missing.wav" in failed.err
+    assert failed.err.count("\n") == 1

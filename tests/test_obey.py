@@ -100,11 +100,9 @@ def test_every_rule_knows_an_answer_that_obeys_and_one_that_does_not(asked):
                 f"{row['instruction']} -> {said}"
             )
         assert obey.obeys({"id": "x"} | row, " \n") is False, "an empty answer obeys nothing"
-    assert (
-        seen == {kind: len(pairs) for kind, pairs in SAID.items()}
-        and seen.total() == 60
-        and len(seen) == 15
-    )
+    assert seen == {kind: len(pairs) for kind, pairs in SAID.items()}
+    assert seen.total() == 60
+    assert len(seen) == 15
 
 
 def test_both_files_ask_the_same_rules_in_the_same_order():
@@ -179,15 +177,14 @@ def test_pairs_are_different_and_balanced(counts, number):
         len(count := Counter(values)) == n and max(count.values()) - min(count.values()) <= 1
     )
     domains = [row["domain"] for row, _ in pairs]
-    assert even(domains, len(counts)) and even([one["instruction"] for _, one in pairs], 60)
+    assert even(domains, len(counts))
+    assert even([one["instruction"] for _, one in pairs], 60)
     by_kind = [(one["kind"], row["domain"]) for row, one in pairs]
     assert even(by_kind, 15 * len(counts)), "each kind meets each domain equally often"
     for domain, n in counts.items():  # a domain's clips take turns
         used = Counter(row["id"] for row, _ in pairs if row["domain"] == domain)
-        assert (
-            len(used) == min(n, number // len(counts))
-            and max(used.values()) - min(used.values()) <= 2
-        )
+        assert len(used) == min(n, number // len(counts))
+        assert max(used.values()) - min(used.values()) <= 2
     if len(counts) == 3 and number == 180:
         assert len({(one["instruction"], row["domain"]) for row, one in pairs}) == 180
 
@@ -259,7 +256,8 @@ def test_score_by_hand():
         "wrong_clip": 0.5,
         "unasked": 0.0,
     }
-    assert scores["n"] == 4 and "not_scored" not in scores
+    assert scores["n"] == 4
+    assert "not_scored" not in scores
     summary = obey.summary(scores)
     assert summary == {"obeyed": value(scores["obeyed"]), "ratio": scores["ratio"], "n": 4}
 
@@ -273,7 +271,9 @@ def test_interval_of_the_ratio_draws_pairs():
         row["answers"]["sound"] = row["answers"]["description"]
     assert obey.score(rows)["ratio"]["sound/description"] == [1.0, 1.0, 1.0]
     value, low, high = obey.score(predictions() * 10)["ratio"]["sound/description"]
-    assert value == 0.6667 and 0.35 < low < 0.55 and 0.8 < high < 0.95
+    assert value == 0.6667
+    assert 0.35 < low < 0.55
+    assert 0.8 < high < 0.95
     by_hand = heldout.interval([1, 0, 1, 0] * 10, [1, 1, 1, 0] * 10)
     assert [value, low, high] == by_hand
 
@@ -291,11 +291,10 @@ def test_languages_are_not_scored_without_langdetect(monkeypatch, capsys):
     ]
     monkeypatch.setattr(ifeval, "detector", lambda: None)
     scores = obey.score(rows)
-    assert scores["n"] == 4 and scores["not_scored"] == 1 == obey.summary(scores)["not_scored"]
-    assert (
-        "1 of 5 rows need langdetect" in capsys.readouterr().err
-        and "another language" not in scores["kinds"]
-    )
+    assert scores["n"] == 4
+    assert scores["not_scored"] == 1 == obey.summary(scores)["not_scored"]
+    assert "1 of 5 rows need langdetect" in capsys.readouterr().err
+    assert "another language" not in scores["kinds"]
 
 
 # -- a run on tiny models --------------------------------------------------------------------------
@@ -364,10 +363,8 @@ def test_from_held_out_rows_to_score(tiny_world, model, command, tmp_path, float
         f"  user: A bark.\n  assistant: A dog.\n  user: <|AUDIO|>\n\n{first}\n" in done.out
     )
     rows = read_jsonl(out)
-    assert (
-        Counter(row["domain"] for row in rows) == dict(speech=6, sound=6, music=6)
-        and len({row["id"] for row in rows}) == 18
-    )
+    assert Counter(row["domain"] for row in rows) == dict(speech=6, sound=6, music=6)
+    assert len({row["id"] for row in rows}) == 18
     fill = {"description": description_slot(model.tokenizer)}
     conversations = [asked(tiny_world, row, CONTEXT) for row in rows]
     for way in ("description", "sound", "wrong_clip"):
@@ -375,23 +372,27 @@ def test_from_held_out_rows_to_score(tiny_world, model, command, tmp_path, float
             [c[way] for c in conversations], 6, root=tiny_world.data, fill=fill.get(way)
         )
         assert [row["answers"][way] for row in rows] == answers and len(set(answers)) > 3, way
-    assert all(row["clip"] != row["wrong_clip"] for row in rows) and rows[0].keys() >= {
+    assert all(row["clip"] != row["wrong_clip"] for row in rows)
+    assert rows[0].keys() >= {
         "kind",
         "instruction",
         "instruction_id_list",
         "kwargs",
     }
     summary = json.loads(done.out.splitlines()[-1])
-    assert summary["n"] == 18 and set(summary["obeyed"]) == {
+    assert summary["n"] == 18
+    assert set(summary["obeyed"]) == {
         "description",
         "sound",
         "wrong_clip",
         "unasked",
     }
     scores = json.loads(out.with_name("p.jsonl.scores.json").read_text())
-    assert scores == json.loads(json.dumps(obey.score(rows))) and len(scores["kinds"]) == 15
+    assert scores == json.loads(json.dumps(obey.score(rows)))
+    assert len(scores["kinds"]) == 15
     again = script("eval.py", *flags(task="obey", score=out, adapter=tmp_path / "nowhere"))
-    assert again.status == 0 and again.out.splitlines()[-1] == done.out.splitlines()[-1]
+    assert again.status == 0
+    assert again.out.splitlines()[-1] == done.out.splitlines()[-1]
     fewer = json.dumps(dict(pairs=18, ways="sound,description"))
     done = script(*command(tmp_path / "q.jsonl", options=fewer))
     assert done.status == 0 and [row["answers"] for row in read_jsonl(tmp_path / "q.jsonl")] == [
@@ -438,9 +439,8 @@ def test_text_alone(model, command, tmp_path, float32):
         assert done.status == 0, done.err
         rows = read_jsonl(tmp_path / f"{name}.jsonl")
         before = [{"role": "system", "content": "Obey."}] if changes.get("system") else []
-        assert [row["kind"] for row in rows[:15]] == list(SAID) and rows[15][
-            "instruction"
-        ] == UNSEEN["text"][1]["instruction"]
+        assert [row["kind"] for row in rows[:15]] == list(SAID)
+        assert rows[15]["instruction"] == UNSEEN["text"][1]["instruction"]
         messages = [[*before, {"role": "user", "content": row["instruction"]}] for row in rows]
         assert [row["answers"] for row in rows] == [
             {"text": said} for said in model.generate(messages, 6)
@@ -449,7 +449,8 @@ def test_text_alone(model, command, tmp_path, float32):
     both = script(
         "eval.py", *flags(task="obey", score=f"{tmp_path}/adapter.jsonl,{tmp_path}/llm.jsonl")
     )
-    assert both.status == 0 and len(json.loads(both.out.splitlines()[-1])) == 2
+    assert both.status == 0
+    assert len(json.loads(both.out.splitlines()[-1])) == 2
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -461,7 +462,8 @@ def test_text_alone(model, command, tmp_path, float32):
 ])  # fmt: skip
 def test_what_a_user_can_get_wrong(command, tmp_path, changes, message):
     done = script(*command(tmp_path / "p.jsonl", **changes))
-    assert done.status != 0 and message in done.err.splitlines()[-1]
+    assert done.status != 0
+    assert message in done.err.splitlines()[-1]
 
 
 def test_two_rows_of_one_clip(tiny_world, tmp_path):
@@ -472,7 +474,5 @@ def test_two_rows_of_one_clip(tiny_world, tmp_path):
         (tiny_world.data / "test.metadata.jsonl").read_bytes()
     )
     loaded = obey.load(data, tiny_world.data, pairs=60)
-    assert (
-        all(row["clip"] != row["wrong_clip"] for row in loaded)
-        and max(Counter(row["clip"] for row in loaded).values()) <= 20
-    )
+    assert all(row["clip"] != row["wrong_clip"] for row in loaded)
+    assert max(Counter(row["clip"] for row in loaded).values()) <= 20

@@ -28,7 +28,8 @@ def test_curves_of_one_run(plot):
     axis = plot.plt.subplots()[1]
     plot.draw(axis, log(), "mine")
     curves = [line.get_xydata().tolist() for line in axis.lines if len(line.get_xdata())]
-    assert len(curves[0]) == 100 and curves[1:] == [[[0, 3], [100, 1]], [[0, 3.5], [100, 3.25]]]
+    assert len(curves[0]) == 100
+    assert curves[1:] == [[[0, 3], [100, 1]], [[0, 3.5], [100, 3.25]]]
     assert len({line.get_color() for line in axis.lines}) == 1
     # Two neighbours, a fiftieth of the run: the zigzag of 0.1 is gone, the trend is not.
     np.testing.assert_allclose(np.array(curves[0])[1:, 1], 3 - (np.arange(2, 101) - 0.5) / 100)
@@ -57,4 +58,5 @@ def test_command(tmp_path):
     for arguments, said in (([], "name the folders"), ([tmp_path / "none"], "log.jsonl is missing"),
                             (["--speed", tmp_path / "log.jsonl"], "no result of")):  # fmt: skip
         done = script("tools/plot.py", *arguments)
-        assert done.status and said in done.err
+        assert done.status
+        assert said in done.err

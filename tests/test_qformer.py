@@ -160,11 +160,9 @@ def test_official_start():
     torch.manual_seed(0)
     adapter = QFormer(QFormerConfig(d_model=64, n_heads=4, d_llm=48))
     queries = torch.cat(list(adapter.layer_prompts))
-    assert (
-        abs(queries.std() - 1) < 0.02
-        and abs(queries.mean()) < 0.02
-        and not adapter.layer_weights.any()
-    )
+    assert abs(queries.std() - 1) < 0.02
+    assert abs(queries.mean()) < 0.02
+    assert not adapter.layer_weights.any()
     weight = adapter.qformer.layer[0].attention.self["query"].weight
     assert 0.95 / 8 < weight.abs().max() <= 1 / 8, "uniform within 1 / sqrt(d_model)"
 
@@ -195,7 +193,8 @@ def test_bf16_in_bf16_out_with_float32_gradients(path):
     taps = torch.randn(2, 4, 30, 64)
     out = adapter(taps.bfloat16())
     out.float().square().sum().backward()
-    assert out.dtype == torch.bfloat16 and out.shape == (2, 5, 48)
+    assert out.dtype == torch.bfloat16
+    assert out.shape == (2, 5, 48)
     assert (out.float() - adapter(taps)).norm() / out.float().norm() < 0.05
     for (
         name,

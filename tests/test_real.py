@@ -53,7 +53,8 @@ def test_labels_take_turns():
     assert join.take(list(reversed(rows)), 12) == list(reversed(taken)), (
         "the choice hangs on the ids alone"
     )
-    assert join.take(rows, 1000) == rows and join.take(rows, 0) == []
+    assert join.take(rows, 1000) == rows
+    assert join.take(rows, 0) == []
 
 
 def joined(tmp_path, files):
@@ -78,13 +79,12 @@ def test_join_as_a_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [row["id"][0] for row in rows] == ["a"] * 3 + ["b"] * 4
     done, _ = joined(tmp_path, f"{tmp_path}/a.jsonl,{tmp_path}/twice.jsonl")
-    assert done.returncode != 0 and "a/0.wav is in an earlier file too" in done.stderr
+    assert done.returncode != 0
+    assert "a/0.wav is in an earlier file too" in done.stderr
     done, _ = joined(tmp_path, f"{tmp_path}/nowhere.jsonl:3")
-    assert (
-        done.returncode != 0
-        and "nowhere.jsonl is missing" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode != 0
+    assert "nowhere.jsonl is missing" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_join_leaves_attributes_out(tmp_path):
@@ -158,12 +158,14 @@ def test_real_sh_from_corpora_to_report(tmp_path, backbone):
     }
     assert used[backbone] <= set(scores["datasets"])
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert "philharmonia: Instrument" in page and "data:audio/mpeg" in page
+    assert "philharmonia: Instrument" in page
+    assert "data:audio/mpeg" in page
     (tmp_path / "out/report.html").unlink()
     again = subprocess.run(
         ["bash", "runs/real.sh"], cwd=ROOT, env=os.environ | few, capture_output=True, text=True
     )
-    assert again.returncode == 0 and "all.train.jsonl is there already" in again.stdout
+    assert again.returncode == 0
+    assert "all.train.jsonl is there already" in again.stdout
 
 
 # -- tools/carry.py, tools/probe.py ----------------------------------------------------------------
@@ -183,11 +185,11 @@ def test_what_is_left_out_is_not_trained_on():
     )
     assert runs["everything"] == (train, test)
     ours, asked = runs["without emodb"]
-    assert {row["dataset"] for row in ours} == {"animals"} and [row["id"] for row in asked] == [
-        f"testemodb{i}" for i in range(12)
-    ]
+    assert {row["dataset"] for row in ours} == {"animals"}
+    assert [row["id"] for row in asked] == [f"testemodb{i}" for i in range(12)]
     ours, asked = runs["without animals and emodb 03 08"]
-    assert {row["dataset"] for row in ours} == {"emodb"} and not {row["group"] for row in ours} & {
+    assert {row["dataset"] for row in ours} == {"emodb"}
+    assert not {row["group"] for row in ours} & {
         "03",
         "08",
     }
@@ -195,9 +197,8 @@ def test_what_is_left_out_is_not_trained_on():
         "the other eight speakers are trained on, those of the test part too"
     )
     animals = [row["id"] for row in asked if row["dataset"] == "animals"]
-    assert animals == [f"testanimals{i}" for i in range(12)] and {
-        row["group"] for row in asked if row["dataset"] == "emodb"
-    } == {"03", "08"}
+    assert animals == [f"testanimals{i}" for i in range(12)]
+    assert {row["group"] for row in asked if row["dataset"] == "emodb"} == {"03", "08"}
 
 
 def test_carry_table_from_scores():
@@ -231,7 +232,8 @@ def test_probe_as_a_command(tiny_world):
         audio_root=tiny_world.data, whisper=tiny_world.whisper, audio_seconds=3))  # fmt: skip
     assert done.status == 0, done.err
     lines = {line.split(":")[0]: line for line in done.out.splitlines()}
-    assert set(lines) == {"tiny Pitch", "tiny Kind"} and "12 clips" in lines["tiny Pitch"]
+    assert set(lines) == {"tiny Pitch", "tiny Kind"}
+    assert "12 clips" in lines["tiny Pitch"]
     assert "all taps 1.00" in lines["tiny Kind"], "12 clips, asked about themselves"
 
 
@@ -254,10 +256,8 @@ def test_published_adapter_is_the_same_in_half_the_size(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small = load_tensors(tmp_path / "small/model.safetensors")
-    assert (
-        all(torch.equal(small.pop(name), tensor.bfloat16()) for name, tensor in tensors.items())
-        and not small
-    )
+    assert all(torch.equal(small.pop(name), tensor.bfloat16()) for name, tensor in tensors.items())
+    assert not small
     assert read_record(tmp_path / "small/config.json") == {"prompt_size": 16}
 
 
@@ -277,10 +277,8 @@ def test_published_adapter_is_small_and_whole(adapter):
     assert all(name.startswith("perception.connector.") for name in tensors)
     assert (adapter / "model.safetensors").stat().st_size <= 25e6
     config = read_record(adapter / "config.json")
-    assert (
-        config["llm_model_id"] == "weights/smollm2-135m-instruct"
-        and config["encoder_model_id"] == "weights/whisper-tiny.en"
-    )
+    assert config["llm_model_id"] == "weights/smollm2-135m-instruct"
+    assert config["encoder_model_id"] == "weights/whisper-tiny.en"
     assert config["context"] == json.loads((ROOT / "demo/real/context.json").read_text())
     readme = (adapter / "README.md").read_text(encoding="utf-8")
     assert all(

@@ -182,12 +182,16 @@ def test_clips_of_any_format_can_be_played(format, subtype, played, tmp_path):
         file, np.stack([wave(0), wave(1)], axis=1), 16000, format=format, subtype=subtype
     )
     source, samples, rate = report.player(file)
-    assert rate == 16000 and samples.ndim == 1 and abs(len(samples) - 32000) < 1600
+    assert rate == 16000
+    assert samples.ndim == 1
+    assert abs(len(samples) - 32000) < 1600
     if played == "rewritten":
         again, _ = soundfile.read(io.BytesIO(unpack(source)))
-        assert source.startswith("data:audio/wav;") and np.abs(again - samples).max() < 1e-3
+        assert source.startswith("data:audio/wav;")
+        assert np.abs(again - samples).max() < 1e-3
     else:
-        assert source.startswith(f"data:{played};") and unpack(source) == file.read_bytes()
+        assert source.startswith(f"data:{played};")
+        assert unpack(source) == file.read_bytes()
 
 
 def test_every_corpus_is_shown():
@@ -306,7 +310,8 @@ def test_browser_reports_what_is_broken(tmp_path):
 def test_browser_finds_the_players(run, tmp_path):
     _, out, rows, _ = run
     dom, console = chromium((out / "report.html").as_uri(), tmp_path / "profile", "--dump-dom")
-    assert dom.count("<audio controls") == len(rows) and dom.count("<img ") == 1 + len(rows)
+    assert dom.count("<audio controls") == len(rows)
+    assert dom.count("<img ") == 1 + len(rows)
     assert "<script" not in dom and not console, console
 
 

@@ -108,7 +108,8 @@ def test_several_files_are_numbered_through(tmp_path):
         ", ".join(str(tmp_path / f"{name}.jsonl") for name in ("a.0", "a.1", "b", "c")),
     ):
         rows = JsonLines(path)
-        assert len(rows) == 11 and list(rows) == expected
+        assert len(rows) == 11
+        assert list(rows) == expected
         numbers = np.array([10, 0, 6, 7, 9, 7])
         sizes = [
             len(json.dumps(expected[i], ensure_ascii=bool(rows.locate(i)[1] % 2)).encode())
@@ -117,10 +118,8 @@ def test_several_files_are_numbered_through(tmp_path):
         assert all(0 <= found - size <= 3 for found, size in zip(rows.lengths(numbers), sizes)), (
             "bytes of a row, newlines after it included"
         )
-        assert (
-            rows.name(7) == f"{tmp_path}/b.jsonl, row 1"
-            and rows.name(6) == f"{tmp_path}/a.0.jsonl, row 7"
-        )
+        assert rows.name(7) == f"{tmp_path}/b.jsonl, row 1"
+        assert rows.name(6) == f"{tmp_path}/a.0.jsonl, row 7"
         for outside in (-1, 11):
             with pytest.raises(IndexError):
                 rows[outside]
@@ -171,9 +170,11 @@ def test_index_is_kept_checked_and_made_anew(tmp_path, monkeypatch):
     stat = file.stat()
     write_jsonl(file, [{"i": i} for i in range(299)])  # another size
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert whole() and not whole()
+    assert whole()
+    assert not whole()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert whole() and not whole()
+    assert whole()
+    assert not whole()
 
 
 def test_index_that_cannot_be_kept(tmp_path, monkeypatch):
@@ -296,7 +297,8 @@ def test_split_puts_all_windows_into_the_slot_in_order(splitting, long_clips):
     answer = model.tokenizer.decode(
         llama.generate(model.llm, [x], 12, stop_ids=model.tokenizer.stop_ids)[0]
     ).strip()
-    assert answer and model.generate(SEVERAL, 12, root=long_clips) == [answer]
+    assert answer
+    assert model.generate(SEVERAL, 12, root=long_clips) == [answer]
     others = [
         SEVERAL[:3] + [SEVERAL[3] | {"audios": [heard(f"longer.{i}", "three")]}] for i in range(4)
     ]
@@ -321,9 +323,8 @@ def test_transcripts_of_long_clips(splitting, long_clips):
              ("long.0", "long.1", "long.2", "short.0")}  # fmt: skip
     clips = [audio_windows(f"{name}.wav", long_clips, 3, "split") for name in ("long", "short")]
     expected = " ".join(alone[f"long.{i}"] for i in range(3) if alone[f"long.{i}"].strip()) or " "
-    assert len(expected) > len(alone["long.0"]) and transcribe_windows(
-        splitting.whisper, clips, 3
-    ) == [expected, alone["short.0"]]
+    assert len(expected) > len(alone["long.0"])
+    assert transcribe_windows(splitting.whisper, clips, 3) == [expected, alone["short.0"]]
     message = {"role": "user", "content": "<|AUDIO|>", "audios": [heard("long", None)]}
     assert (
         splitting.with_transcripts([[message]], long_clips)[0][0]["audios"][0]["text"] == expected
@@ -404,9 +405,8 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
     )
     assert done.status == 0 and "left out" not in done.err and "are heard" not in done.err, done.err
     model = load(tiny_world, "", tmp_path / "out/adapter")
-    assert (
-        model.config.long_audio == "split" and len(model.reader.mels("long.wav", long_clips)) == 3
-    )
+    assert model.config.long_audio == "split"
+    assert len(model.reader.mels("long.wav", long_clips)) == 3
     assert load(tiny_world, "cut", tmp_path / "out/adapter").config.long_audio == "cut"
     audio, ask = (
         long_clips / "long.wav",
@@ -438,10 +438,8 @@ def test_long_audio_from_the_data_to_the_answer(tiny_world, long_clips, tmp_path
         ["generate_data.py", *models, *data[:2], "--out", tmp_path / "x"],
     ):
         failed = script(*command, "--long_audio", "some")
-        assert (
-            failed.status == 2
-            and "argument --long_audio: 'some' is none of cut, split" in failed.err
-        )
+        assert failed.status == 2
+        assert "argument --long_audio: 'some' is none of cut, split" in failed.err
 
 
 def test_many_long_clips_are_three_lines_and_a_total(tiny_world, long_clips, tmp_path):
@@ -487,7 +485,8 @@ def test_many_long_clips_are_three_lines_and_a_total(tiny_world, long_clips, tmp
             )
             for line in lines
         ] == [True, True, True, False]
-        assert len(set(lines)) == 4 and lines[3] == "8 warnings about audio files"
+        assert len(set(lines)) == 4
+        assert lines[3] == "8 warnings about audio files"
 
 
 # -- LoRA ------------------------------------------------------------------------------------------
@@ -512,12 +511,12 @@ def test_lora_begins_without_effect_and_then_equals_merged_weights(tiny_world):
     lora = {name: p for name, p in ours.trained().items() if "lora" in name}
     assert {name: tuple(p.shape) for name, p in lora.items() if ".0.self" in name} == {
         f"llm_model.model.layers.0.self_attn.{part}_proj.lora_{matrix}.default.weight": shape
-        for part, width in (("q", 64), ("k", 32), ("v", 32)) for matrix,
-        shape in (("A", (3, 64)), ("B", (width, 3)))
-    } and len(lora) == 2 * 3 * 2  # fmt: skip
-    assert not any(p.any() for name, p in lora.items() if "lora_B" in name) and all(
-        p.any() for name, p in lora.items() if "lora_A" in name
-    )
+        for part, width in (("q", 64), ("k", 32), ("v", 32))
+        for matrix, shape in (("A", (3, 64)), ("B", (width, 3)))
+    }
+    assert len(lora) == 2 * 3 * 2
+    assert not any(p.any() for name, p in lora.items() if "lora_B" in name)
+    assert all(p.any() for name, p in lora.items() if "lora_A" in name)
     for p in lora.values():
         torch.nn.init.normal_(p, std=0.3)
     reference = transformers.LlamaForCausalLM.from_pretrained(tiny_world.llm, dtype=torch.float32)
@@ -578,9 +577,8 @@ def test_lora_gradients_saving_and_loading(tiny_world, tmp_path):
     }
     assert (config["use_lora"], config["lora_rank"]) == (True, 2)
     again = with_lora(tiny_world, 0, tmp_path / "a")
-    assert torch.equal(again.loss(rows), model.loss(rows)) and all(
-        torch.equal(p, again.trained()[name]) for name, p in model.trained().items()
-    )
+    assert torch.equal(again.loss(rows), model.loss(rows))
+    assert all(torch.equal(p, again.trained()[name]) for name, p in model.trained().items())
     again.save_adapter(tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (
         tmp_path / "b/model.safetensors"
@@ -627,9 +625,11 @@ def test_rows_are_prepared_in_any_process(tiny_world, tmp_path):
     again, loaded = pickle.loads(sent), [row for batch in loader for row in batch]
     for i, row in enumerate(loaded):
         for other in (rows[i], again[i]):
-            assert other.keys() == row.keys() and all(map(torch.equal, other["mels"], row["mels"]))
+            assert other.keys() == row.keys()
+            assert all(map(torch.equal, other["mels"], row["mels"]))
             assert all(other[key] == row[key] for key in other if key != "mels")
-    assert len(loaded) == 24 and all("ids" in row for row in loaded)
+    assert len(loaded) == 24
+    assert all("ids" in row for row in loaded)
 
 
 def train_command(world, out, **changes):
@@ -698,7 +698,8 @@ def test_sharded_llm_and_checkpointed_activations_change_nothing(
             tiny_world, tmp_path / "two", shard_llm=1, checkpoint_activations=1, **options
         ),
     )
-    assert 3 <= said.count("row left out") <= 6 and "9 rows left out" in said
+    assert 3 <= said.count("row left out") <= 6
+    assert "9 rows left out" in said
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -736,7 +737,8 @@ def test_checkpointed_activations_alone(tiny_world):
 
 def test_sharding_needs_processes(tiny_world, tmp_path):
     failed = script(*train_command(tiny_world, tmp_path, shard_llm=1))
-    assert failed.status == 1 and "torchrun --nproc_per_node=N" in failed.err
+    assert failed.status == 1
+    assert "torchrun --nproc_per_node=N" in failed.err
 
 
 def test_killed_rank_ends_the_job(tiny_world, tmp_path):
@@ -766,12 +768,12 @@ def test_killed_rank_ends_the_job(tiny_world, tmp_path):
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     said, _ = process.communicate(timeout=300)
-    assert (
-        process.returncode != 0 and time.monotonic() - killed < 120
-    )  # a second or two where no other job disturbs
+    assert process.returncode != 0
+    assert time.monotonic() - killed < 120  # a second or two where no other job disturbs
     # torchrun lists both; which one it calls the root cause depends on whether rank 0 gave up
     # before its next look.
-    assert "rank      : 1 (" in said and f"Signal 9 (SIGKILL) received by PID {victim}" in said
+    assert "rank      : 1 (" in said
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in said
 
 
 @pytest.mark.slow
@@ -801,10 +803,8 @@ def test_ranks_that_do_not_see_the_same_checkpoints(tiny_world, tmp_path):
         )
     for rank, process in enumerate(ranks):
         said = process.communicate(timeout=300)[1]
-        assert (
-            process.returncode != 0
-            and f"the ranks do not find the same checkpoints in {tmp_path}/{rank}" in said
-        )
+        assert process.returncode != 0
+        assert f"the ranks do not find the same checkpoints in {tmp_path}/{rank}" in said
 
 
 # -- the official configuration --------------------------------------------------------------------
@@ -830,13 +830,12 @@ def test_parameter_table_and_memory_at_full_size(memory, capsys):
         sum(n for part, n in counts.items() if "Llama" in part) == 8_030_261_248
     )  # as Hugging Face counts the two models
     assert sum(n for part, n in counts.items() if "Whisper" in part) == 1_543_490_560
-    assert (
-        counts["| all trained"] == 131_540_224
-        and counts["| all frozen"] == 8_030_261_248 + 1_543_490_560
-    )
+    assert counts["| all trained"] == 131_540_224
+    assert counts["| all frozen"] == 8_030_261_248 + 1_543_490_560
     both, neither = memory.memory(model, 4, 8, 1, True), memory.memory(model, 4, 8, 0, False)
     on_gpu = counts["| all frozen"] - counts["| Whisper large-v3: decoder (transcripts only)"]
-    assert neither["frozen"] == 2 * on_gpu and neither["trained"] == 16 * 131_540_224
+    assert neither["frozen"] == 2 * on_gpu
+    assert neither["trained"] == 16 * 131_540_224
     assert neither["frozen"] - both["frozen"] == pytest.approx(2 * 7 / 8 * 6.98e9, rel=1e-3)
     assert 11 < memory.cost(model)["training_tflop_per_row"] < 12  # design.md: about 11.4 TFLOP
     inputs = 4 * memory.TOKENS * 4096 * 2 * 32  # each block's input in bf16
@@ -913,7 +912,8 @@ def test_kept_bytes_are_what_autograd_keeps(memory, monkeypatch):
 
 def test_measuring_runs(memory):
     figures = memory.measure(memory.build(*TINY, device="cpu", n_layers=1), 2, new_tokens=3)
-    assert figures.keys() == {"step_seconds", "generation_seconds"} and min(figures.values()) > 0
+    assert figures.keys() == {"step_seconds", "generation_seconds"}
+    assert min(figures.values()) > 0
 
 
 LOAD = """
@@ -974,7 +974,8 @@ def test_loading_never_holds_more_than_a_shard_beside_the_model(tiny_world, tmp_
     )
     assert done.returncode == 0, done.stderr
     peak, model = map(int, done.stdout.split())
-    assert 6e7 < largest < 9e7 and 0.9 * model < peak < model + 1.2 * largest
+    assert 6e7 < largest < 9e7
+    assert 0.9 * model < peak < model + 1.2 * largest
 
 
 def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
@@ -1023,11 +1024,9 @@ def test_released_adapter(tiny_world, tiny_en_folder, tmp_path):
         tiny_world.llm, whisper, released, device="cpu", **dtypes
     )
     exact = load(dtype=torch.float32)
-    assert (
-        exact.config.audio_seconds == 30
-        and exact.config.long_audio == "cut"
-        and not exact.config.lora_rank
-    )
+    assert exact.config.audio_seconds == 30
+    assert exact.config.long_audio == "cut"
+    assert not exact.config.lora_rank
     rows = [row | {"messages": row["messages"]} for row in tiny_world.rows[1:3]]
     mels = [
         list(exact.reader.mels(row["messages"][1]["audios"][0]["audio"], tiny_world.data))
@@ -1141,13 +1140,12 @@ def test_recipe_of_the_paper(tmp_path):
         for field in dataclasses.fields(train.Settings)
         if "paper" in field.metadata["values"]
     }
-    assert len(papers) > 15 and papers == {name: getattr(settings, name) for name in papers}
+    assert len(papers) > 15
+    assert papers == {name: getattr(settings, name) for name in papers}
     launcher, given = called("--shard_llm", "1", NODES="4", HEAD="node0:29500")
-    assert (
-        "--nnodes=4" in launcher
-        and "--rdzv_endpoint=node0:29500" in launcher
-        and (given["micro_batch"], given["shard_llm"]) == ("3", "1")
-    )
+    assert "--nnodes=4" in launcher
+    assert "--rdzv_endpoint=node0:29500" in launcher
+    assert (given["micro_batch"], given["shard_llm"]) == ("3", "1")
     assert [called(GPUS=gpus)[1]["micro_batch"] for gpus in ("1", "4", "16")] == ["12", "12", "6"]
     before, given = called(
         DATA="", METADATA="M", INSTRUCTIONS="I", OUT="O"

@@ -51,11 +51,9 @@ def steps(out):
 
 def test_pure_functions_of_the_schedule():
     rates = [train.learning_rate(step, 2.0, 4, 14) for step in range(15)]
-    assert (
-        rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-        and rates[9] == pytest.approx(1.0)
-        and rates[14] == pytest.approx(0)
-    )
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[14] == pytest.approx(0)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
     assert train.learning_rate(0, 2.0, 0, 10) == 2.0
 
@@ -82,17 +80,13 @@ def test_epoch_is_a_pure_function_with_every_row_at_most_once():
         ]
 
     rows = sum(run(), [])
-    assert (
-        all(len(batch) == 8 for batch in run())
-        and len(rows) == len(set(rows)) == 1000
-        and set(rows) <= set(range(1003))
-    )
-    assert (
-        run() == run()
-        and run() != run(seed=1)
-        and run() != run(epoch=1)
-        and run(seed=1) != run(epoch=1)
-    )
+    assert all(len(batch) == 8 for batch in run())
+    assert len(rows) == len(set(rows)) == 1000
+    assert set(rows) <= set(range(1003))
+    assert run() == run()
+    assert run() != run(seed=1)
+    assert run() != run(epoch=1)
+    assert run(seed=1) != run(epoch=1)
     assert len({tuple(sum(run(epoch=e), [])) for e in range(3)}) == 3 and set(
         sum(run(epoch=1), [])
     ) != set(rows), "always the same rows sit out"
@@ -107,10 +101,8 @@ def test_epoch_is_a_pure_function_with_every_row_at_most_once():
 
 def test_epochs_have_orders_of_their_own():
     orders = [epoch_order(1003, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert (
-        all(sorted(order) == list(range(1003)) for order in orders)
-        and len(set(map(tuple, orders))) == 3
-    )
+    assert all(sorted(order) == list(range(1003)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
     assert orders[0] == epoch_order(1003, 0, 0).tolist()
 
 
@@ -167,9 +159,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(tiny_world, tmp_path, f
                 keep=9,
             )
         )
+        assert done.status == 0
         assert (
-            done.status == 0
-            and f"= {micro_batch} rows x 1 processes x {8 // micro_batch} accumulation steps"
+            f"= {micro_batch} rows x 1 processes x {8 // micro_batch} accumulation steps"
             in done.out
         )
     assert_same_adapter(tmp_path / "1", tmp_path / "8")
@@ -219,11 +211,9 @@ def test_stopped_and_continued_equals_straight(tiny_world, tmp_path, straight, n
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:  # the step is finished and saved
-        assert (
-            process.returncode == 0
-            and f"stopped by {number.name} at step {last}, saved" in said
-            and "Traceback" not in said
-        )
+        assert process.returncode == 0
+        assert f"stopped by {number.name} at step {last}, saved" in said
+        assert "Traceback" not in said
         assert (
             json.loads((tmp_path / f"checkpoints/step_{last:08d}/trainer.json").read_text())["step"]
             == last
@@ -281,13 +271,12 @@ def test_log_header_and_kept_checkpoints(straight, tiny_world):
         if "eval_loss" in r
     )
     run = json.loads((straight / "run.json").read_text())
-    assert run["settings"]["max_steps"] == 14 and run["settings"]["llm"] == str(tiny_world.llm)
-    assert (
-        run["command"].startswith("train.py --llm")
-        and run["torch"] == torch.__version__
-        and run["git"]
-        and run["device"]
-    )
+    assert run["settings"]["max_steps"] == 14
+    assert run["settings"]["llm"] == str(tiny_world.llm)
+    assert run["command"].startswith("train.py --llm")
+    assert run["torch"] == torch.__version__
+    assert run["git"]
+    assert run["device"]
 
 
 def test_finished_run_stays_as_it_is_and_longer_ones_go_on(tiny_world, straight):
@@ -298,13 +287,12 @@ def test_finished_run_stays_as_it_is_and_longer_ones_go_on(tiny_world, straight)
     }
     assert script(*command(tiny_world, straight, **LONG)).status == 0
     shorter = script(*command(tiny_world, straight, **LONG | {"max_steps": 6}))
-    assert shorter.status == 0 and {file: file.read_bytes() for file in before} == before
+    assert shorter.status == 0
+    assert {file: file.read_bytes() for file in before} == before
     other = script(*command(tiny_world, straight, **LONG | {"lr": 0.5, "seed": 1}))
-    assert (
-        other.status == 1
-        and other.err.splitlines()[-1].startswith("error: ")
-        and "another lr, seed" in other.err
-    )
+    assert other.status == 1
+    assert other.err.splitlines()[-1].startswith("error: ")
+    assert "another lr, seed" in other.err
 
 
 @pytest.fixture(scope="module")
@@ -342,10 +330,10 @@ def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, mon
         step = checkpoint.load(out, model, optimizer, record, {}, set())
         for weight in weights:
             state = optimizer.state[weight]
-            assert (weight == step).all() and state["step"] == step
-            assert (state["exp_avg"] == step + 0.25).all() and (
-                state["exp_avg_sq"] == step + 0.5
-            ).all()
+            assert (weight == step).all()
+            assert state["step"] == step
+            assert (state["exp_avg"] == step + 0.25).all()
+            assert (state["exp_avg_sq"] == step + 0.5).all()
         model.load_adapter(out / "adapter")
         assert len({weight.flatten()[0].item() for weight in weights}) == 1
         return step
@@ -385,12 +373,10 @@ def test_crash_anywhere_in_saving_leaves_a_whole_checkpoint(model, tmp_path, mon
         assert found() == 2
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "before", out)
-    assert (
-        found() == 2
-        and len(after_crash) > 8
-        and after_crash == sorted(after_crash)
-        and set(after_crash) == {1, 2}
-    )
+    assert found() == 2
+    assert len(after_crash) > 8
+    assert after_crash == sorted(after_crash)
+    assert set(after_crash) == {1, 2}
 
 
 # -- what is trained, and on what ------------------------------------------------------------------
@@ -448,10 +434,8 @@ def test_initial_statistics(model, tiny_world):
         adapter.fit(torch.zeros(d_model), torch.ones(d_model), table)
         vectors = adapter(torch.randn(2, 4, 20, d_model)).detach().flatten(0, 1)
         error = (torch.cov(vectors.T) - torch.cov(table.T)).norm() / torch.cov(table.T).norm()
-        assert (
-            error < 0.3
-            and (vectors.mean(0) - table.mean(0)).norm() < 0.5 * torch.cov(table.T).trace().sqrt()
-        )
+        assert error < 0.3
+        assert (vectors.mean(0) - table.mean(0)).norm() < 0.5 * torch.cov(table.T).trace().sqrt()
 
 
 @pytest.fixture(scope="module")
@@ -520,9 +504,8 @@ def test_bad_rows_among_good_ones_are_left_out_and_counted(tiny_world, tmp_path,
             f"mixed.jsonl, row {i + 1}: " in rows[i]["left_out"] and reason in rows[i]["left_out"]
         ), f"row {i + 1}"
     (record,) = steps(tmp_path / "out")
-    assert record["rows_per_second"] * record["seconds"] == pytest.approx(4) and math.isfinite(
-        record["loss"]
-    )
+    assert record["rows_per_second"] * record["seconds"] == pytest.approx(4)
+    assert math.isfinite(record["loss"])
 
 
 def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
@@ -544,7 +527,8 @@ def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
             tiny_world, tmp_path / "out", data=data, global_batch=4, micro_batch=1, max_steps=2
         )
     )
-    assert done.status == 0 and "left out" not in done.out + done.err
+    assert done.status == 0
+    assert "left out" not in done.out + done.err
     assert [record["step"] for record in steps(tmp_path / "out")] == [1, 2]
 
 
@@ -564,7 +548,8 @@ def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
 ])  # fmt: skip
 def test_what_a_user_can_get_wrong_is_one_clear_line(tiny_world, tmp_path, change, message):
     done = script(*command(tiny_world, tmp_path), *change)
-    assert done.status != 0 and not (tmp_path / "adapter").exists()
+    assert done.status != 0
+    assert not (tmp_path / "adapter").exists()
     assert re.search(rf"^(train.py: )?error: .*{message}", done.err.splitlines()[-1]), done.err
 
 

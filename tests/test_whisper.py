@@ -255,10 +255,10 @@ def test_transcripts_equal_transformers(multilingual, tmp_path):
     last_words = {text.split()[-1] for text in texts} - first_words
     numbers = lambda words: [int(word[1:]) for word in words]
     _, suppressed = both(tmp_path / "suppressed", numbers(last_words), numbers(first_words))
-    assert last_words and not last_words & set(" ".join(suppressed).split())
-    assert not first_words & {text.split()[0] for text in suppressed} and first_words & set(
-        " ".join(suppressed).split()
-    )
+    assert last_words
+    assert not last_words & set(" ".join(suppressed).split())
+    assert not first_words & {text.split()[0] for text in suppressed}
+    assert first_words & set(" ".join(suppressed).split())
 
 
 def test_no_speech_is_one_blank(random_pair):
@@ -317,7 +317,8 @@ def test_encode_runs_no_block_in_vain_and_keeps_the_asked_order(random_pair):
 
 def test_frozen_yet_its_outputs_can_be_trained_on(random_pair):
     _, ours, _ = random_pair
-    assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
     adapter = torch.nn.Linear(64, 1)
     adapter(
         ours.encode(log_mel(synthetic_clips(1), 80, SECONDS), [3])
@@ -473,7 +474,8 @@ def test_formats_rates_and_channels(tmp_path, extension, tolerance, rate, channe
     path = tmp_path / f"clip.{extension}"
     soundfile.write(path, samples.numpy(), rate)
     waveform = load_audio(path)
-    assert waveform.dtype == torch.float32 and waveform.shape == (24000,)
+    assert waveform.dtype == torch.float32
+    assert waveform.shape == (24000,)
     expected = 0.5 * sine(440, SAMPLE_RATE, 1.5)
     assert (waveform - expected)[2000:-2000].abs().max() < tolerance
     assert torch.equal(load_audio(str(path), max_seconds=0.3), waveform[:4800])
@@ -546,7 +548,8 @@ def test_unreadable_files_say_which_and_why(tmp_path):
         for seconds in (None, 0.1):
             with pytest.raises(error, match=message) as caught:
                 load_audio(path, seconds)
-            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+            assert str(path) in str(caught.value)
+            assert "\n" not in str(caught.value)
 
 
 def noise(seconds=2, rate=16000, channels=1):
@@ -572,16 +575,15 @@ def test_files_that_were_cut_off(tmp_path, name, subtype):
         path, noise(), 16000, subtype=subtype, format="RF64" if "rf64" in name else None
     )
     whole, warnings = load(path)
-    assert abs(len(whole) - 32000) < 600 and not warnings
+    assert abs(len(whole) - 32000) < 600
+    assert not warnings
     data = path.read_bytes()
     for share in (0.95, 0.8, 0.6):
         cut(path, share)
         part, warnings = load(path)
         assert share - 0.13 < len(part) / 32000 <= share + 0.06, "a flac loses a block of 4096"
-        assert (
-            len(warnings) == 1
-            and f"is cut off: {len(part) / SAMPLE_RATE:.2f} s of 2." in warnings[0]
-        )
+        assert len(warnings) == 1
+        assert f"is cut off: {len(part) / SAMPLE_RATE:.2f} s of 2." in warnings[0]
         assert torch.equal(part[:-1100], whole[: len(part) - 1100])  # a block of ADPCM
         path.write_bytes(data)
     with pytest.raises(
@@ -598,11 +600,9 @@ def test_a_flac_that_is_damaged_in_the_middle(tmp_path):
     data[at : at + 2000] = bytes(2000)
     path.write_bytes(data)
     part, warnings = load(path)
-    assert (
-        0.55 < len(part) / len(whole) <= 0.7
-        and torch.equal(part, whole[: len(part)])
-        and len(warnings) == 1
-    )
+    assert 0.55 < len(part) / len(whole) <= 0.7
+    assert torch.equal(part, whole[: len(part)])
+    assert len(warnings) == 1
     assert len(load_audio(path, 0.1, warn=pytest.fail)) == 1600  # what is asked for is whole
 
 
@@ -615,7 +615,8 @@ def test_warnings_are_printed_or_counted(tmp_path, capsys):
     )
     counted = []
     load_audio(path, warn=counted.append)
-    assert len(counted) == 1 and capsys.readouterr().err == ""
+    assert len(counted) == 1
+    assert capsys.readouterr().err == ""
 
 
 def without_its_header(path):
@@ -680,11 +681,13 @@ def test_what_can_be_decoded_is_the_clip(estimated):
     # without the header an mp3 begins with the encoder's delay, and ends with its filling
     assert 0 <= len(waveform) - 4 * SAMPLE_RATE < 3000
     assert not warnings
-    assert waveform[2000:10000].square().mean() > 1e-4 and waveform[-12000:].square().mean() < 1e-5
+    assert waveform[2000:10000].square().mean() > 1e-4
+    assert waveform[-12000:].square().mean() < 1e-5
     data = estimated.read_bytes()
     # cut off: shorter, and never refused; MPEG layers without a header warn of their last frame
     part, warnings = load(cut(estimated, 0.45))
-    assert 0.2 * len(waveform) < len(part) < len(waveform) and len(warnings) <= 1
+    assert 0.2 * len(waveform) < len(part) < len(waveform)
+    assert len(warnings) <= 1
     n = len(part) - 2000
     assert torch.equal(part[:n], waveform[:n])
     # damaged in the middle: what comes before, with the seconds that were read, or what comes after
@@ -696,10 +699,8 @@ def test_what_can_be_decoded_is_the_clip(estimated):
     part, warnings = load(estimated)
     assert 0.2 * len(waveform) < len(part) <= len(waveform)
     if estimated.suffix in (".mp3", ".wav"):
-        assert (
-            len(warnings) == 1
-            and f"decoding stopped after {len(part) / SAMPLE_RATE:.2f} s" in warnings[0]
-        )
+        assert len(warnings) == 1
+        assert f"decoding stopped after {len(part) / SAMPLE_RATE:.2f} s" in warnings[0]
         n = len(part) - 2000
         assert torch.equal(part[:n], waveform[:n])
 
@@ -719,9 +720,11 @@ def test_streams_of_unknown_length(tmp_path):
     data[22:26] = b"\0" * 4
     (tmp_path / "stream.flac").write_bytes(data)
     waveform, warnings = load(tmp_path / "stream.flac")
-    assert torch.equal(waveform, whole) and not warnings
+    assert torch.equal(waveform, whole)
+    assert not warnings
     part, warnings = load(cut(tmp_path / "stream.flac", 0.4))
-    assert torch.equal(part, whole[: len(part)]) and "decoding stopped after" in warnings[0]
+    assert torch.equal(part, whole[: len(part)])
+    assert "decoding stopped after" in warnings[0]
 
 
 def ffmpeg(*arguments):
@@ -801,7 +804,8 @@ def test_every_file_of_the_real_corpora_loads(capsys):
             sep="\n",
         )
     assert not off, "\n".join(off)
-    assert len(warnings) < 5 and empty < 5
+    assert len(warnings) < 5
+    assert empty < 5
 
 
 # -- the real tiny.en on real speech ---------------------------------------------------------------
@@ -848,7 +852,8 @@ def test_real_silence_and_tones_are_no_speech(real_pair):
 def test_real_vocabulary_decodes_like_transformers(tiny_en_folder):
     vocabulary = Vocabulary(tiny_en_folder)
     tokenizer = transformers.WhisperTokenizer.from_pretrained(tiny_en_folder)
-    assert not vocabulary.multilingual and len(vocabulary.suppress) > 80
+    assert not vocabulary.multilingual
+    assert len(vocabulary.suppress) > 80
     for text in (
         "Hello world, it's 3 o'clock.",
         "naïve Ünïcödé — “quotes” …",
@@ -868,8 +873,6 @@ def test_command_line(tiny_en_folder, real_speech_clips, tmp_path):
         "He was not an old-sposed young man.\n",
     )  # tiny.en's own words: "an ill-disposed" is spoken
     done = script("whisper.py", tmp_path / "missing.wav", "--whisper", tiny_en_folder)
-    assert (
-        done.status == 1
-        and f"error: {tmp_path}/missing.wav: no such readable file" in done.err
-        and "Traceback" not in done.err
-    )
+    assert done.status == 1
+    assert f"error: {tmp_path}/missing.wav: no such readable file" in done.err
+    assert "Traceback" not in done.err
