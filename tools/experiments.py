@@ -459,7 +459,7 @@ class Workplace:
         """-> how many failed"""
         done = {(line["claim"], line["key"]) for line in self.results()}
         todo = [run for run in runs if (run.claim, run.key) not in done]
-        print(f"{len(todo)} runs to do, {len(done)} done")
+        print(f"{len(todo)} runs to do, {len(runs) - len(todo)} done")
         self.lines.mkdir(parents=True, exist_ok=True)
         deadline, failed = time.time() + 60 * minutes, []
 
