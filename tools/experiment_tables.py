@@ -119,6 +119,8 @@ def cell(values, name, base=None, base_name=""):
     if base is None or base.shape[1] != values.shape[1] or not spread:
         return text
     low, high = interval(drawn - draws(base, base_name))
+    if low == high == 0:  # the same answers: those of a frozen LLM to the description
+        return text
     difference = f"{values.mean() - base.mean():+.3f}" if low * high > 0 else "none"
     return f"{text}<br>{difference} ({low:+.3f} to {high:+.3f})"
 
