@@ -153,15 +153,11 @@ BOUNDS = {("seen", "right"): "text", ("new", "right"): "text", ("obey", "sound")
 
 
 def draw_claim(axis, lines, claim):
-    """Each arm's first two figures: mean, interval, a mark for each seed. Dotted: what the first
-    arm's LLM does that reads the description.
+    """Each arm's first two figures: mean, interval, a mark for each seed. Dotted: what the same LLM
+    does that reads the description.
     """
     found = arms(lines, claim)
-    first = next(iter(found.values()))
     for k, (heading, test, figure) in enumerate(COLUMNS[claim][:2]):
-        if (test, figure) in BOUNDS:
-            bound = figure_of(first, test, BOUNDS[test, figure]).mean()
-            axis.axvline(bound, color=COLORS[k], linestyle=":", linewidth=1)
         for y, (name, of_name) in enumerate(found.items()):
             values = figure_of(of_name, test, figure)
             if values is None:
@@ -172,6 +168,9 @@ def draw_claim(axis, lines, claim):
             axis.plot([low, high], [place] * 2, color=COLORS[k], linewidth=1)
             axis.plot(values.mean(), place, "o", markersize=6, **style)
             axis.plot(values.mean(1), [place] * len(values), "|", color=COLORS[k], markersize=9)
+            if (test, figure) in BOUNDS:
+                bound = figure_of(of_name, test, BOUNDS[test, figure]).mean()
+                axis.plot([bound] * 2, [y - 0.5, y + 0.5], ":", color=COLORS[k], linewidth=1)
     axis.set(title=f"claim {claim}", yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
