@@ -366,6 +366,9 @@ def test_intervals_cover_clips_and_seeds():
     apart = values + [[0.0], [0.3], [0.6]]
     low_apart, high_apart = tables.interval(tables.draws(apart, "a"))
     assert high_apart - low_apart > 1.3 * (high - low), "seeds that differ widen it"
+    same = values[:1].repeat(3, 0)  # what a frozen LLM answers to the description
+    assert "<br>" in tables.cell(values, "a", same, "b")
+    assert "<br>" not in tables.cell(same, "a", same, "b"), "no difference to tell of"
 
 
 # -- what train.py and generate_data.py got for it -------------------------------------------------
