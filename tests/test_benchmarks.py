@@ -186,7 +186,8 @@ GOOGLE = [
         ["Cat cat", "cats cat cat"], ["cat"]),
     ("keywords:frequency", {"keyword": "cat", "frequency": 2, "relation": "less than"},
         ["none", "cat"], ["cat cat"]),
-    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, ["cats", "concat"], ["a Cat!", "cat"]),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]},
+     ["cats", "concat"], ["a Cat!", "cat"]),
     ("keywords:letter_frequency", {"letter": "E", "let_frequency": 3, "let_relation": "at least"},
         ["Eee"], ["ee"]),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"},
@@ -197,7 +198,8 @@ GOOGLE = [
         ["it's two"]),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, ["it's two"],
         ["two words", "a-b"]),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, ["a\n***\nb", "***a***b***", "a***b"],
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2},
+     ["a\n***\nb", "***a***b***", "a***b"],
      ["a\n\nb", "a*** ***b", "a\n***\n\n***\nb"]),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 3}, ["a***b***c"], ["a*** ***b"]),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2,
@@ -205,11 +207,13 @@ GOOGLE = [
      ['a\n\n"Yes, b', "a\n\n'yes' b"], ["a\nyes b", "a\n\nno yes", "a\n\nyes\n\nc", "a\n\nyessir"]),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[a] [b]", "[] [x]"],
         ["[a]", "[a\nb] [c]"]),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["a\np. s. b", "P.S. x"], ["PS x"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."},
+     ["a\np. s. b", "P.S. x"], ["PS x"]),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["p. p.s"], ["p.s."]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2},
         ["* a\n- b", "x\n  * a\n\n* b\n** c **"], ["* a", "• a\n• b", "1. a\n2. b"]),
-    ("detectable_format:constrained_response", {}, ["So: My answer is yes. Really"], ["my answer is yes."]),
+    ("detectable_format:constrained_response", {},
+     ["So: My answer is yes. Really"], ["my answer is yes."]),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
         ["*a* *b*", "**a** *b*"], ["*a*", "**a**", "* * *b*", "*a\nb* *c*"]),
     ("detectable_format:multiple_sections", {"section_spliter": "Section ", "num_sections": 2},
@@ -235,7 +239,8 @@ CHANGED = [
     ("change_case:english_capital", {}, ["ABC, D1!", "ÉA"], ["ABc", "123", "…"]),
     ("change_case:english_lowercase", {}, ["abc, d1!"], ["Abc", "123"]),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Answer:"},
-     ["answer: x", '"Answer:" x', "'Answer: x'", ' "answer: x"'], ["The answer: x", "answer x", "* Answer:"]),
+     ["answer: x", '"Answer:" x', "'Answer: x'", ' "answer: x"'],
+     ["The answer: x", "answer x", "* Answer:"]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 3},
      ["* a\n- b\n• c", "1. a\n2. b\n3. c", "Here:\n\n• **A**\n\t+ sub\n• b\n\n• c",
          "x\\n* a\\n- b\\n3 c", "10 a\n1. b\n 2) c"],
@@ -357,9 +362,11 @@ def test_language_rules_without_langdetect(monkeypatch):
 
 
 def question(number, task="sound", **fields):
-    row = {"id": f"q{number}", "audio_id": f"./test-mini-audios/q{number}.wav", "question": "Who speaks?",
+    row = {"id": f"q{number}", "audio_id": f"./test-mini-audios/q{number}.wav",
+           "question": "Who speaks?",
            "choices": ["A man", "A woman", "Two men", "Dog"],
-           "answer": "A man", "dataset": "x", "task": task, "split": "test-mini", "category": ["Reasoning"],
+           "answer": "A man", "dataset": "x", "task": task,
+           "split": "test-mini", "category": ["Reasoning"],
            "sub-category": "Counting", "difficulty": "easy"}  # fmt: skip
     return row | fields
 
@@ -369,7 +376,8 @@ def question(number, task="sound", **fields):
     [
         ('"A man".', True), ("a MAN", True), ("It is a man speaking", True), ("man", False),
         ("A man, not a woman", False), ("A dog", False),
-        ("", False), ("...", False), ("a man men", False), ("A_man", False), ("Two of a man", False),
+        ("", False), ("...", False), ("a man men", False), ("A_man", False),
+        ("Two of a man", False),
     ],
 )  # fmt: skip
 def test_mmau_word_rule(prediction, right):
@@ -512,7 +520,8 @@ def test_missing_audio_and_double_ids(tmp_path, capsys):
 
 ENTRY = {
     "attribute_label": "dog",
-    "single_instruction": "Which animal? (a) cat (b) dog (c) cow (d) hot dog", "single_answer": " (b) dog",
+    "single_instruction": "Which animal? (a) cat (b) dog (c) cow (d) hot dog",
+    "single_answer": " (b) dog",
     "multi_instruction": "What does the animal(s) do? (a) It barks. (b) It meows.",
     "multi_answer": "(a) It barks.",
 }  # fmt: skip
@@ -670,7 +679,8 @@ def test_sakura_bad_input(tmp_path):
 
 def closed(number, name, response=None, metric="accuracy", **kwargs):
     row = {"audio_filepath": f"a/{number}.wav",
-        "textual_audio": "[00:00:00 - 00:00:05] Hi(Gender: Male)", "instruction": "Say it.", "dataset": "x",
+        "textual_audio": "[00:00:00 - 00:00:05] Hi(Gender: Male)", "instruction": "Say it.",
+        "dataset": "x",
            "metric": metric, "instruction_id_list": [name] if name else [], "kwargs": [kwargs],
            "label": "x", "id": number}  # fmt: skip
     return row if response is None else row | {"response": response, "messages": []}
@@ -833,7 +843,8 @@ def test_scoring_a_thousand_rows_is_quick():
             ("I would choose option C", "C"), ("It is (a).", "A"),
         ("Option A: no. The correct answer is D", "D"), ("<2> B", "B"),
         ("It is \\( \\boxed{C} \\)", "C"), ("答案是C", "C"), ("Answer: d", "D"),
-        ("A cat is nice", None), ("I don't know", None), ("", None), ("E", None), ("So B. or A.", "A"),
+        ("A cat is nice", None), ("I don't know", None), ("", None), ("E", None),
+        ("So B. or A.", "A"),
         # phrases that were missing
         ("The answer to this question is B (dogs)", "B"),
         ("\\text{The answer is } \\mathbf{C. Dogs}", "C"), ("The best is option **D dogs**", "D"),

@@ -396,8 +396,8 @@ class Workplace:
                 options = dict(pairs=self.pairs, ways="sound" if frozen else "description,sound")
             flags = dict(max_new_tokens=80)  # the longest instruction asks for 40 words
         else:
-            ask = dict(metadata=self.metadata("test"))
-            make = lambda path: self.call(self.out / "mmau.log", "demo/mmau.py", out=path, **ask)
+            log, clips = self.out / "mmau.log", self.metadata("test")
+            make = lambda path: self.call(log, "demo/mmau.py", out=path, metadata=clips)
             data, read, task = self.once(self.data / "mmau.json", make), chosen, "mmau"
             flags = dict(cot=int("cot" in test), max_new_tokens=128 if "cot" in test else 32)
             if "text" in test:
