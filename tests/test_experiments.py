@@ -339,7 +339,7 @@ def test_tables_and_figures(tmp_path):
     assert rows[2][4].startswith("-0.500 (-0.")
     assert all(
         "</svg>" in (tmp_path / name).read_text()
-        for name in ("experiments.svg", "experiments.taps.svg")
+        for name in ("experiments.claim1.svg", "experiments.taps.svg")
     )
     tables.write(lines, page, tmp_path)
     assert page.read_text() == text

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.checkpoint import write_text
 
-# Of each claim's table: heading, test, figure. The first two that are shares are drawn.
+# Of each claim's table: heading, test, figure.
 COLUMNS = {
     1: [
         ("named", "seen", "right"),
@@ -31,9 +31,10 @@ COLUMNS = {
     ],
     2: [
         ("named", "seen", "right"),
+        ("obeyed with sound", "obey", "sound"),
+        ("obeyed with the description", "obey", "description"),
         ("text instructions obeyed", "text", "text"),
         ("text loss", "text", "text loss"),
-        ("obeyed with sound", "obey", "sound"),
     ],
     3: [
         ("named", "seen", "right"),
@@ -148,43 +149,52 @@ def table(lines, claim):
 
 # -- pictures --------------------------------------------------------------------------------------
 
-COLORS = ("#1a7f5a", "#c2410c")
-BOUNDS = {("seen", "right"): "text", ("new", "right"): "text", ("obey", "sound"): "description"}
+COLORS = ("#1a7f5a", "#c2410c", "#4456b8")
+DRAWN = {
+    1: ("named", "obeyed"),
+    2: ("named", "obeyed with sound", "text instructions obeyed"),
+    3: ("speech", "sound", "music"),
+    4: ("named", "without transcript"),
+    5: ("plain", "chain of thought"),
+    6: ("named, new instructions", "obeyed"),
+}
+# What the same LLM does that reads the description: the dotted lines. (test, figure) of each
+BOUNDS = {
+    ("seen", "right"): ("seen", "text"),
+    ("seen", "right, speech"): ("seen", "text, speech"),
+    ("seen", "right, sound"): ("seen", "text, sound"),
+    ("seen", "right, music"): ("seen", "text, music"),
+    ("new", "right"): ("new", "text"),
+    ("obey", "sound"): ("obey", "description"),
+    ("mmau", "accuracy"): ("mmau_text", "accuracy"),
+    ("cot", "accuracy"): ("cot_text", "accuracy"),
+}
 
 
-def draw_claim(axis, lines, claim):
-    """Each arm's first two figures: mean, interval, a mark for each seed. Dotted: what the same LLM
-    does that reads the description.
-    """
+def draw_claim(lines, claim):
+    """Each arm's mean, interval and a mark for each seed, of two or three shares."""
     found = arms(lines, claim)
-    for k, (heading, test, figure) in enumerate(COLUMNS[claim][:2]):
+    size = dict(figsize=(7.5, 0.45 * len(found) + 1), layout="constrained")
+    figure, axis = plt.subplots(**size)
+    drawn = [column for column in COLUMNS[claim] if column[0] in DRAWN[claim]]
+    for k, (heading, test, what) in enumerate(drawn):
         for y, (name, of_name) in enumerate(found.items()):
-            values = figure_of(of_name, test, figure)
+            values = figure_of(of_name, test, what)
             if values is None:
                 continue
             low, high = interval(draws(values, name))
             style = dict(color=COLORS[k], label=heading if y == 0 else None)
-            place = y + 0.3 * k - 0.15
+            place = y + 0.25 * (k - (len(drawn) - 1) / 2)
             axis.plot([low, high], [place] * 2, color=COLORS[k], linewidth=1)
             axis.plot(values.mean(), place, "o", markersize=6, **style)
             axis.plot(values.mean(1), [place] * len(values), "|", color=COLORS[k], markersize=9)
-            if (test, figure) in BOUNDS:
-                bound = figure_of(of_name, test, BOUNDS[test, figure]).mean()
+            if (test, what) in BOUNDS:
+                bound = figure_of(of_name, *BOUNDS[test, what]).mean()
                 axis.plot([bound] * 2, [y - 0.5, y + 0.5], ":", color=COLORS[k], linewidth=1)
-    axis.set(title=f"claim {claim}", yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1))
+    axis.set(yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-
-
-def draw_claims(lines, claims):
-    heights = [1 + len(arms(lines, claim)) for claim in claims]
-    size = dict(figsize=(7, 0.45 * sum(heights) + 1), layout="constrained")
-    figure, axes = plt.subplots(
-        len(claims), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights), **size
-    )
-    for axis, claim in zip(axes[:, 0], claims):
-        draw_claim(axis, lines, claim)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -225,8 +235,10 @@ def write(lines, page, assets):
             raise ValueError(f"{page}: the marks of table {claim} are missing or stand there twice")
     write_text(page, text)
     undated = {"Date": None}
-    if claims := [claim for claim in COLUMNS if arms(lines, claim)]:
-        draw_claims(lines, claims).savefig(assets / "experiments.svg", metadata=undated)
+    for claim in COLUMNS:
+        if arms(lines, claim):
+            file = assets / f"experiments.claim{claim}.svg"
+            draw_claim(lines, claim).savefig(file, metadata=undated)
     if any(line["tap_weights"] for line in lines):
         draw_taps(lines).savefig(assets / "experiments.taps.svg", metadata=undated)
     print(f"{page}: {len(lines)} runs")
