@@ -13,6 +13,7 @@ Tasks are the files of benchmarks/: what to ask and how to score stands there. T
 is one JSON object.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -27,6 +28,7 @@ from engine.checkpoint import file_hash, write_json, write_jsonl
 from engine.rows import work_in_blocks
 from engine.run import setting
 from model import LONG, PRECISION, DeSTA, DeSTAConfig, load_to_ask, read_context, with_context
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Settings:
     limit: int = setting(-1, "only the first so many rows; -1 means all", low=1)
     options: str = setting("", 'more for the task\'s load(), JSON: \'{"subset": "openbookqa"}\'')
     textbook: int = setting(0, "1: compute as GPUs do, on CPUs too: slower", high=1)
+
+
+# Rows do not depend on these: they may change when a job goes on.
+FREE = ("out", "judge", "batch_size")
 
 
 def answer(model, rows, task, max_new_tokens, root, **options):
@@ -104,6 +110,8 @@ def main():
     task = importlib.import_module(f"benchmarks.{s.task}")
     if s.judge and not hasattr(task, "judge_messages"):
         raise ValueError(f"--task {s.task} is scored by rules alone: it takes no --judge")
+    if s.judge:  # a wrong path is found now, not when all answers are there
+        Tokenizer(s.judge)
     if s.score:
         files = [s.score] if Path(s.score).exists() else s.score.split(",")
         rank, failed = 0, []
@@ -185,16 +193,25 @@ def predict(s, task):
     options = dict(max_new_tokens=limit, root=s.audio_root, batch_size=s.batch_size)
     options |= dict(temperature=s.temperature, top_p=s.top_p)
 
+    @torch.no_grad()
     def make(indices):
         try:
-            with torch.no_grad():
-                return ask(model, [rows[i] for i in indices], **options)
-        except (ValueError, OSError) as error:  # one bad clip: answer the others one by one
-            if len(indices) > 1:
-                return [row for i in indices for row in make([i])]
-            return [{"failed": f"row {indices[0] + 1}: {error}"}]
+            return ask(model, [rows[i] for i in indices], **options)
+        except (ValueError, OSError):  # one bad clip: answer the others one by one
+            made = []
+        for i in indices:
+            try:
+                made += ask(model, [rows[i]], **options)
+            except (ValueError, OSError) as error:
+                made.append({"failed": f"row {i + 1}: {error}"})
+        return made
 
-    stamp = {"settings": asdict(s), "adapter": None if s.text_only else file_hash(s.adapter)}
+    content = json.dumps(rows, sort_keys=True, default=str).encode()
+    stamp = {
+        "settings": {k: v for k, v in asdict(s).items() if k not in FREE},
+        "rows": hashlib.sha256(content).hexdigest(),
+        "adapter": None if s.text_only else file_hash(s.adapter),
+    }
     parts = work_in_blocks(len(rows), s.block, f"{s.out}.parts", stamp, rank, world, make)
     finished = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
     failed = [row["failed"] for row in finished if "failed" in row]

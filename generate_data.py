@@ -248,9 +248,9 @@ class Job:
             heard = lambda clip, description: (clip, description, self.windows(clip))
             clips, rows = self.each(indices, heard)
         s, windows = self.settings, [windows for _, _, windows in clips.values()]
-        limit, device = min(128, 8 * s.audio_seconds), self.whisper.encoder.conv1.weight.device
+        device = self.whisper.encoder.conv1.weight.device
         with self.timed("transcripts"), run.beside_the_main_thread(device):
-            transcripts = transcribe_windows(self.whisper, windows, s.audio_seconds, limit)
+            transcripts = transcribe_windows(self.whisper, windows, s.audio_seconds)
         for (i, (clip, description, _)), transcript in zip(clips.items(), transcripts):
             rows[i] = list(self.rows(clip, description, transcript))
         return [row for i in indices for row in rows[i]]
@@ -321,13 +321,18 @@ def merge(parts, out, keep_truncated, description):
     return counts, [row["skipped"] for row in skipped]
 
 
+def settings_of_rows(s):
+    """Those that rows depend on; the others may change when a job goes on."""
+    return {k: v for k, v in asdict(s).items() if k not in ("out", "batch_size", "ahead")}
+
+
 def check_finished(s, out):
     """ValueError where a finished output was made with other settings."""
     info = Path(f"{out}.info.json")
     if not info.is_file():
         return
-    before, free = read_json(info)["settings"], ("out", "batch_size", "block", "ahead", "answers")
-    other = [k for k, v in asdict(s).items() if k not in free and before.get(k, v) != v]
+    before, free = read_json(info)["settings"], ("block", "answers")
+    other = [k for k, v in settings_of_rows(s).items() if k not in free and before.get(k, v) != v]
     if other:
         remedy = "delete it, or give another --out"
         raise ValueError(f"{out} was made with another {', '.join(other)}: {remedy}")
@@ -352,7 +357,8 @@ def main():
             context = saved.context
     if Path(out).exists() and not folder.exists():
         check_finished(s, out)
-        print(f"{out} is there already: nothing to do (delete it to make it anew)")
+        if rank == 0:
+            print(f"{out} is there already: nothing to do (delete it to make it anew)")
         return
     metadata, pools = JsonLines(s.metadata), read_instructions(s.instructions)
     n_clips = len(metadata) if s.limit < 0 else min(s.limit, len(metadata))
@@ -366,7 +372,7 @@ def main():
     job = Job(s, metadata, pools, context, tokenizer, llm, whisper, warnings, rank == 0, answers)
     hashes = {"weights_sha256": file_hash(s.llm)} if rank == 0 and not s.export else {}
     stamp = {
-        "settings": asdict(s),
+        "settings": settings_of_rows(s),
         "instructions": pools,
         "context": context,
         "metadata_bytes": metadata.bytes,
@@ -400,7 +406,7 @@ def main():
         spent = ", ".join(
             f"{what} {t:.1f} s ({t / n:.1f} a block)" for what, t in job.seconds.items()
         )
-        print(f"rank 0: {spent}" + " (the first two while the LLM answered)" * ahead)
+        print(f"rank 0: {spent}" + " (the first two while the LLM answered)" * bool(ahead and llm))
     if not s.export:  # a look at what the LLM made of the descriptions
         for row in map(json.loads, itertools.islice(open(out, encoding="utf-8"), 3)):
             print(f"  {row['seed_description']} -> {row['response']}")

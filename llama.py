@@ -165,7 +165,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder-only transformer. Frozen: its weights never need a gradient, only its inputs do."""
+    """Decoder-only transformer. Its weights are frozen (but with --lora_rank and --train_llm):
+    they need no gradient, only its inputs do.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -19,7 +19,6 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -138,17 +137,18 @@ def audio_windows(path, root, seconds, long_audio="cut", warn=run.warn):
     if len(windows) > 1 and len(windows[-1]) < round(rest * SAMPLE_RATE):
         windows = windows[:-1]
     if len(windows) > 1 and long_audio == "cut":
-        total = soundfile.info(file).duration
-        heard = f"only the first {seconds} s are heard (--long_audio split hears all)"
-        warn(f"{file} lasts {total:.1f} s: {heard}")
+        warn(
+            f"{file} is longer: only the first {seconds} s are heard (--long_audio split hears all)"
+        )
         windows = windows[:1]
     return windows
 
 
-def transcribe_windows(whisper, clips, seconds, max_new_tokens=128):
-    """One transcript per clip. clips: list of what audio_windows returns."""
+def transcribe_windows(whisper, clips, seconds):
+    """One transcript per clip. clips: list of what audio_windows returns, of `seconds` at most."""
     windows = [window for clip in clips for window in clip]
-    texts = (text.strip() for text in whisper.transcribe(windows, max_new_tokens, seconds=seconds))
+    limit = min(128, 8 * seconds)  # tokens: nobody speaks faster, but Whisper can loop on noise
+    texts = (text.strip() for text in whisper.transcribe(windows, limit, seconds=seconds))
     spoken = [filter(None, [next(texts) for _ in clip]) for clip in clips]  # silence leaves no gap
     return [" ".join(clip) or " " for clip in spoken]
 
@@ -419,7 +419,7 @@ class DeSTA(torch.nn.Module):
         x = weight.new_zeros(1, 1, weight.shape[1], requires_grad=torch.is_grad_enabled())
         hidden = self.llm.hidden_states(x)
         if hidden.requires_grad:
-            hidden.sum().backward()
+            (0 * hidden).sum().backward()  # adds nothing, to LoRA's weights neither
 
     # -- inference ---------------------------------------------------------------------------------
 

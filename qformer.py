@@ -11,8 +11,8 @@ Attribute names spell the official checkpoint: "perception.connector." + a name 
 state_dict.
 
 What the rest of the code needs of an adapter is forward(taps), n_vectors, fit(…), state_to_save()
-and flops(…); it may have tables() for the log. Another one, an MLP say, needs these five and a line
-in DeSTA.from_pretrained (tests/test_adapter_seam.py trains one).
+and flops(…), with LoRA config.dropout, too; it may have tables() for the log. Another one, an MLP
+say, needs these and a line in DeSTA.from_pretrained (tests/test_adapter_seam.py trains one).
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,7 @@ class Settings:
     # the run
     max_skipped: int = setting(10, "give up after so many steps without a finite loss", low=1)
     eval_every: int = setting(TRAIN["eval_every"], "steps between evaluations", low=1)
-    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all", low=-1)
+    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all", low=1)
     save_every: int = setting(TRAIN["save_every"], "steps between checkpoints", low=1)
     keep: int = setting(2, "checkpoints kept", low=1)
     shard_llm: int = setting(0, "1: the LLM shared out among the processes (FSDP2)", high=1)
@@ -189,25 +189,28 @@ def n_computed(row, model):
 
 
 def held_out_rows(s, model, rank, world):
-    """This rank's share of the held-out rows; those with one clip of one window, which can be
-    exchanged for another row's.
+    """This rank's share of the held-out rows: those with one clip of one window. Each also holds
+    the next one's clip as "wrong_mels": all ranks read all rows, so that how many ranks there are
+    makes no difference.
     """
     rows = Rows(s.eval_data, model.reader, s)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [rows[i] for i in order[: s.eval_rows if s.eval_rows >= 0 else None][rank::world]]
+    rows = [rows[i] for i in order[: s.eval_rows if s.eval_rows >= 0 else None]]
     rows = [row for row in rows if len(row.get("mels", ())) == 1]
-    if not sum_over_ranks(torch.tensor(len(rows), device=model.device)):
+    if not rows:
         raise ValueError(f"{s.eval_data} has no usable row with one clip: is --audio_root right?")
-    return rows
+    pairs = zip(rows, rows[1:] + rows[:1])
+    return [row | {"wrong_mels": other["mels"]} for row, other in pairs][rank::world]
 
 
 def measure_taps(model, rows, n_clips):
-    """Mean and standard deviation (d_model,) of each channel of the taps over n_clips clips."""
+    """Mean and standard deviation (d_model,) of each channel of the taps, over the clips of n_clips
+    rows or some more.
+    """
     count, total, squares = 0, 0.0, 0.0
     for i in range(0, len(rows), max(1, len(rows) // n_clips)):
-        row = rows[i]
-        if row.get("mels"):
-            taps = model.whisper.encode(torch.stack(row["mels"]), model.taps)
+        for mel in rows[i].get("mels", ()):  # clips of a row can differ in length
+            taps = model.whisper.encode(mel[None], model.taps)
             taps = taps.double().flatten(0, 2)  # (windows * taps * frames, d_model)
             count += len(taps)
             total, squares = total + taps.sum(0), squares + taps.square().sum(0)
@@ -257,7 +260,7 @@ def evaluate(model, rows, batch_size):
     """
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # right, wrong, tokens
-    swapped = [row | {"mels": other["mels"]} for row, other in zip(rows, rows[1:] + rows[:1])]
+    swapped = [row | {"mels": row["wrong_mels"]} for row in rows]
     most = sum_over_ranks(torch.tensor(len(rows), device=model.device), dist.ReduceOp.MAX)
     for start in range(0, most, batch_size):
         if start < len(rows):
@@ -304,7 +307,7 @@ def accumulate(model, batch, seed, max_tokens):
         torch.manual_seed(seed(m))
         for rows in parts:
             part = model.loss(rows, n_target_tokens=batch.n_targets)
-            if part.requires_grad:  # not so where no row has audio
+            if part.requires_grad:  # not so where no row has audio and the LLM is frozen
                 part.backward()
             loss += part.detach()
     for _ in range(n_missing):
@@ -458,7 +461,7 @@ def main():
     for step in range(first_step, last_step + 1):
         # evaluate, save
         ending = step == last_step or stop.asked(device)
-        # Not when a signal came: a cluster that takes its machine back waits half a minute.
+        # A signal starts no evaluation: a cluster that takes its machine back waits half a minute.
         evaluates = step % s.eval_every == 0 or step == last_step
         if s.eval_data and evaluates and (step > first_step or step == 0):
             log({"step": step} | evaluate(model, held_out, s.micro_batch) | tables())
@@ -497,8 +500,9 @@ def main():
     # close
     log.close()
     left_out.close(), warnings.close()
-    if stop:
-        say(f"stopped by {stop[0]} at step {step}, saved; the same command continues")
+    if step < last_step:
+        name = stop[0] if stop else "a signal to another rank"
+        say(f"stopped by {name} at step {step}, saved; the same command continues")
     else:
         say(f"done: {s.out}/adapter" + (f", {skipped.n} steps skipped" if skipped.n else ""))
 

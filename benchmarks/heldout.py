@@ -81,8 +81,9 @@ def load(path, audio_root, metadata="", ways=""):
     return rows
 
 
-def answer(model, rows, max_new_tokens, root, batch_size, **_):
+def answer(model, rows, max_new_tokens, root, **options):
     """Everything that needs the model: answers (of ASKED and vectors) and losses for each row.
+    options: of model.generate.
 
     The questions stand after the context that the adapter was trained with.
     """
@@ -106,7 +107,7 @@ def answer(model, rows, max_new_tokens, root, batch_size, **_):
     for name in [name for name in prompts if name in (*ASKED, "vectors")]:
         conversations, fill = prompts[name]
         answers[name] = model.generate(
-            conversations, max_new_tokens, root=root, fill=fill, batch_size=batch_size
+            conversations, max_new_tokens, root=root, fill=fill, **options
         )
     losses = {}
     for name, (conversations, fill) in prompts.items():

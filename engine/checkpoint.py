@@ -161,21 +161,22 @@ def load(out, model, optimizer, record, defaults, free):
     record: as in save. defaults: of settings that are newer than the checkpoint. free: settings
     that may differ.
     """
-    folders = sorted((Path(out) / "checkpoints").glob("step_*"))
-    if not folders:
+    place = Path(out) / "checkpoints"
+    folders = sorted(place.glob("step_*"))
+    if not folders and not any(place.glob("damaged_*")):
         return 0
     while folders:
         try:
             state = load_tensors(folders[-1] / "trainer.safetensors")
             saved = read_record(folders[-1] / "trainer.json")
             break
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             damaged = folders.pop()
             print(f"{damaged} is damaged and set aside ({error})", file=sys.stderr)
             with contextlib.suppress(OSError):  # another rank was first
                 damaged.rename(damaged.with_name(f"damaged_{damaged.name}"))
     else:
-        raise ValueError(f"no checkpoint in {damaged.parent} is whole: delete {out} to begin anew")
+        raise ValueError(f"no checkpoint in {place} is whole: delete {out} to begin anew")
     before = defaults | saved["settings"]
     changed = [k for k, v in record["settings"].items() if k not in free and before[k] != v]
     if changed:

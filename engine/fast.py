@@ -148,7 +148,9 @@ def losses(model, rows):
     position = torch.cat(
         [torch.arange(end - len(row["target"]), end) for end, row in zip(ends, rows)]
     )
-    targets = torch.cat([torch.tensor(row["target"]) for row in rows]).to(model.device)
+    # long: an empty target would be float
+    targets = [torch.tensor(row["target"], dtype=torch.long) for row in rows]
+    targets = torch.cat(targets).to(model.device)
     logits = model.llm.lm_head(hidden[position.to(model.device)]).float()  # (n_targets, vocab_size)
     return F.cross_entropy(logits, targets, reduction="none")
 

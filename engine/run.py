@@ -108,9 +108,10 @@ def description(settings):
     writes.
     """
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    commit = ""  # stays so without git, or outside a repository
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -119,7 +120,7 @@ def description(settings):
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": dataclasses.asdict(settings),
-        "git": git.stdout.strip() or "unknown",
+        "git": commit or "unknown",
         "torch": torch.__version__,
         "device": device,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -138,7 +139,7 @@ def fail(error):
 
 def main(script):
     """Call a script's main(). Wrong input, a full disk, a signal, a lost process: each ends in one
-    clear line and a status that is not 0.
+    clear line and a status that is not 0. (train.py answers signals itself: saved is status 0.)
     """
 
     def stop(number, frame):
@@ -230,11 +231,10 @@ class Tally:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def close(self):
-        """All ranks call it. -> the total"""
+        """All ranks call it."""
         total = sum(gather([self.n]))
         if total and int(os.environ.get("RANK", 0)) == 0:
             print(f"{total} {self.what}", file=sys.stderr)
-        return total
 
 
 class Log:
@@ -324,7 +324,15 @@ def peak_flops(device, dtype):
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L40": 181e12}
+        known = {  # the first that is part of the name
+            "H100 PCIe": 756e12,
+            "H100": 989e12,
+            "H200": 989e12,
+            "A100": 312e12,
+            "4090": 165e12,
+            "L40S": 362e12,
+            "L40": 181e12,
+        }
         if match := [value for key, value in known.items() if key in name]:
             return match[0]
     n = 1024

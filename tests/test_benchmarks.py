@@ -1195,7 +1195,8 @@ class Asked:
         self.tokenizer, self.adapter = None, types.SimpleNamespace(n_vectors=5)
         self.generated, self.prepared, self.limits = [], [], set()
 
-    def generate(self, conversations, max_new_tokens, root, fill, batch_size):
+    def generate(self, conversations, max_new_tokens, root, fill, **options):
+        assert options == {"batch_size": 4, "temperature": 0.7}
         self.generated.append((conversations, fill("clip")))
         self.limits.add(max_new_tokens)
         return ["a dog"] * len(conversations)
@@ -1238,7 +1239,9 @@ def test_heldout_asks_after_the_adapters_context(tmp_path, monkeypatch, context)
     write(tmp_path / "t.metadata.jsonl", labels, lines=True)
     rows = heldout.load(write(tmp_path / "t.jsonl", rows, lines=True), tmp_path)
     model = Asked(context)
-    finished = heldout.answer(model, rows, heldout.MAX_NEW_TOKENS, tmp_path, batch_size=4)
+    finished = heldout.answer(
+        model, rows, heldout.MAX_NEW_TOKENS, tmp_path, batch_size=4, temperature=0.7
+    )
     before = [own] if context is None else context
     assert [conversation[:-1] for asked, _ in model.generated for conversation in asked] == [
         before

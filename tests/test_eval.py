@@ -141,7 +141,7 @@ def test_killed_then_continued_by_two_processes_equals_straight(
     other = script(*command(tiny_world, adapter, out, max_new_tokens=5))
     assert other.status == 1
     assert "made with other settings" in other.err.splitlines()[-1]
-    said = torchrun(2, *command(tiny_world, adapter, out))
+    said = torchrun(2, *command(tiny_world, adapter, out, batch_size=2))
     mine, theirs = read_jsonl(out), read_jsonl(straight[0])
     for a, b in zip(mine, theirs, strict=True):
         assert a.pop("loss") == pytest.approx(b.pop("loss"), rel=1e-5)
@@ -168,6 +168,7 @@ def test_scoring_needs_no_model(straight, tmp_path):
     (dict(adapter="nowhere"), "nowhere/config.json is missing: train an adapter"),
     (dict(llm="nowhere"), "nowhere/.* is missing"),
     (dict(score="nowhere.jsonl"), "nowhere.jsonl"),
+    (dict(task="sakura", judge="nowhere"), "nowhere/.* is missing"),
     (dict(task="mmau", options='{"subset": 1}'), "--task mmau takes no subset"),
     (dict(options="{"), "--options"),
     (dict(tasks="mmau"), "unrecognized arguments: --tasks mmau"),

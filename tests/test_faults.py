@@ -25,7 +25,7 @@ from conftest import ROOT, flags, read_jsonl, script, start, torchrun, write_jso
 from safetensors.torch import load_file, save_file
 
 import train
-from engine import checkpoint
+from engine import checkpoint, run
 from engine.rows import step_rows
 from llama import Llama
 from model import DeSTA
@@ -381,7 +381,25 @@ def test_damaged_checkpoint_is_set_aside_for_the_older_one(world, tmp_path, tmp_
     assert contents(tmp_path) == expected
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / name).write_bytes(b"")
-    one_line(script(*training(world, tmp_path)), "^error: no checkpoint in .* is whole: delete")
+    for _ in range(2):  # the second time it finds none but those set aside
+        one_line(script(*training(world, tmp_path)), "^error: no checkpoint in .* is whole: delete")
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(world, tmp_path, monkeypatch):
+    assert script(*training(world, tmp_path)).status == 0
+
+    def refused(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(checkpoint, "load_tensors", refused)
+    with pytest.raises(PermissionError, match="trainer.safetensors"):
+        checkpoint.load(tmp_path, None, None, {}, {}, set())
+    assert not list((tmp_path / "checkpoints").glob("damaged_*"))
+
+
+def test_no_git_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.description(train.Settings())["git"] == "unknown"
 
 
 def test_half_deleted_checkpoint_goes_when_the_run_goes_on(world, tmp_path, tmp_path_factory):

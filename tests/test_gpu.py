@@ -414,7 +414,7 @@ def check_tiny(folder):
         training.step()
         found["step"] = dict(d.reads)
         d.may_read = READS["evaluation"]
-        train.evaluate(model, rows[:1], 2)
+        train.evaluate(model, [rows[0] | {"wrong_mels": rows[1]["mels"]}], 2)
         d.may_read = READS["fitting"]
         model.adapter.fit(
             *train.measure_taps(model, rows[:1], 2), model.llm.model.embed_tokens.weight

@@ -4,6 +4,7 @@ of the real one.
 
 import json
 import random
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 import llama
 from engine import attention, decode, fast
 from engine.fast import Packed
+from model import DeSTA
 
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -129,6 +131,20 @@ def test_packed_rows_equal_each_row_alone(pair):
             [reference(torch.cat((start, row), 1)).logits[:, P:] for row in rows], 1
         )
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rank_without_rows_adds_no_gradient(pair):
+    """Qwen's biases give values where the input is 0, so LoRA's weights would learn from it."""
+    _, ours, _ = pair
+    ours.requires_grad_(False)
+    llama.add_lora(ours, 2)
+    trained = {name: p for name, p in ours.named_parameters() if "lora_" in name}
+    for p in trained.values():
+        torch.nn.init.normal_(p)
+    DeSTA.take_part(types.SimpleNamespace(llm=ours))
+    assert trained
+    for name, p in trained.items():
+        assert (p.grad == 0).all(), name
 
 
 def tiny(folder, **changes):

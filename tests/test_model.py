@@ -296,6 +296,20 @@ def gradient(p):
 
 
 @pytest.mark.parametrize("path", ["textbook", "fast"])
+def test_an_empty_answer_has_no_loss(path, model, tiny_world, monkeypatch):
+    """generate_data.py --keep_truncated writes one where an answer was spaces up to the limit."""
+    monkeypatch.setattr(fast, "textbook", path == "textbook")
+    rows = ragged_rows()[:2]
+    prepare = lambda row: model.reader.prepare(row, tiny_world.data)
+    prepared = [prepare(row) for row in rows]
+    empty = prepare(rows[0] | {"response": "", "truncated": True})
+    assert empty["target"] == []
+    losses = model.losses([prepared[0], empty, prepared[1]])
+    torch.testing.assert_close(losses, model.losses(prepared), atol=1e-5, rtol=1e-5)
+    assert len(model.losses([empty])) == 0
+
+
+@pytest.mark.parametrize("path", ["textbook", "fast"])
 def test_loss_and_gradients_equal_the_reference_modules(path, model, tiny_world, monkeypatch):
     monkeypatch.setattr(fast, "textbook", path == "textbook")
     rows, root = ragged_rows(), tiny_world.data

@@ -183,6 +183,22 @@ def test_two_processes_equal_one(tiny_world, tmp_path, float32):
             assert b[key] == pytest.approx(a[key], rel=1e-4), f"{key} at step {a['step']}"
 
 
+def test_the_wrong_clip_is_the_same_on_any_number_of_processes(model, tiny_world):
+    settings = train.Settings(eval_rows=5, audio_root=str(tiny_world.data))
+    settings.eval_data = tiny_world.data / "test.jsonl"
+    alone = train.held_out_rows(settings, model, 0, 1)
+    assert len(alone) == 5
+    for row, other in zip(alone, alone[1:] + alone[:1]):
+        assert row["name"] != other["name"]
+        assert torch.equal(row["wrong_mels"][0], other["mels"][0])
+    parts = [train.held_out_rows(settings, model, rank, 4) for rank in range(4)]
+    assert [len(part) for part in parts] == [2, 1, 1, 1]
+    for rank, part in enumerate(parts):
+        for row, same in zip(part, alone[rank::4], strict=True):
+            assert row["name"] == same["name"]
+            assert torch.equal(row["wrong_mels"][0], same["wrong_mels"][0])
+
+
 LONG = dict(max_steps=14, global_batch=4, save_every=3, eval_every=6, dropout=0.1)
 
 
@@ -420,6 +436,12 @@ def test_initial_statistics(model, tiny_world):
     )
     torch.testing.assert_close(mean, taps.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(std, taps.std(0), atol=1e-4, rtol=1e-3)
+    # Clips of one row that differ in length, as with --fit_window 1: each frame counts once.
+    long = rows[0]["mels"][0]
+    short = long[:, :100]
+    mean, _ = train.measure_taps(model, [{"mels": [long, short]}], 1)
+    taps = [model.whisper.encode(mel[None], [0, 1, 2, 3]).flatten(0, 2) for mel in (long, short)]
+    torch.testing.assert_close(mean, torch.cat(taps).mean(0), atol=1e-4, rtol=1e-4)
     torch.manual_seed(0)
     table = 3 + torch.randn(1000, 24) @ torch.diag(torch.linspace(0.01, 2, 24)) @ torch.randn(
         24, 24
