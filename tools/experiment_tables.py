@@ -5,8 +5,8 @@ experiment_tables.py: from the lines of experiments.py to tables in docs/experim
 page stands what this file writes; all else is written by hand.
 
 Intervals are 95 %, by bootstrap over clips (the same ones in all arms, so differences are paired)
-and over seeds. Two or three seeds say little about the spread between seeds: the dots in the figure
-show each of them.
+and over seeds. Two or three seeds say little about the spread between seeds: a tick in the figure
+marks each of them.
 """
 
 import re
