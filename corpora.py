@@ -64,7 +64,7 @@ class Clip:
     domain: str  # speech, sound or music: which pool of instructions suits it
     attributes: dict  # as in the description: {"Gender": "Female"}; the name "" for a bare caption
     text: str = ""  # what is said
-    group: str = ""  # who or what it comes from: clips of a group never stand on both sides
+    group: str = ""  # who or what it comes from: on one side only, but for what the release says
     split: str = ""  # train, validation or test where the release says so; else the frame decides
     problem: str = ""  # why it cannot be used, where the tables tell already
 
@@ -803,6 +803,8 @@ def listing():
 def write(out, rows, skipped, facts):
     """Write OUT.train.metadata.jsonl, … and OUT.report.json.  -> what they hold, in one line"""
     stem = out.name.removesuffix(".jsonl").removesuffix(".metadata")
+    for split in ("train", "validation", "test"):  # an earlier reading may have split otherwise
+        out.with_name(f"{stem}.{split}.metadata.jsonl").unlink(missing_ok=True)
     for split, lines in rows.items():
         checkpoint.write_jsonl(out.with_name(f"{stem}.{split}.metadata.jsonl"), lines)
     counts = {

@@ -139,7 +139,7 @@ class Tokenizer:
         raise ValueError(f"the chat template refuses these messages: {message}")
 
     def encode(self, text, special=True):
-        """Text -> list of token ids, no BOS added. special=False reads "<|im_end|>" as the nine
+        """Text -> list of token ids, no BOS added. special=False reads "<|im_end|>" as the ten
         characters it is.
         """
         if self.normal_form:

@@ -68,11 +68,15 @@ def read_rows(path):
 
 
 def files_in(path, pattern):
-    """[path] for a file, the files that match `pattern` below a folder."""
+    """[path] for a file; the files that match `pattern` in a folder, without what eval.py leaves
+    beside its predictions.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    found = [path] if path.is_file() else sorted(path.glob(pattern))
+    beside = (".scores.json", ".info.json")
+    found = [file for file in sorted(path.glob(pattern)) if not file.name.endswith(beside)]
+    found = [path] if path.is_file() else found
     if not found:
         raise FileNotFoundError(f"{path}: no {pattern} in this folder")
     return found

@@ -61,10 +61,11 @@ def load(path, audio_root, metadata="", ways=""):
         common.require(row, needed, where)
         if "segments" not in labels.get(row["id"], {}) or not row["messages"][-1].get("audios"):
             raise ValueError(f"{where}: {row['id']} has no label in {metadata}, or no audio")
-    # The wrong clip of a row is the next one's in a random circle, so it is never its own.
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    for here, there in zip(order, order[1:] + order[:1]):
-        row, other = rows[here], rows[there]
+    # The wrong clip of a row is the next one in a random circle of rows; a clip can have several.
+    order = random.Random(0).sample(rows, len(rows))
+    for i, row in enumerate(order):
+        others = (other for other in order[i + 1 :] + order[:i] if other["id"] != row["id"])
+        other = next(others, row)
         clip = labels[row["id"]]
         *before, question = row["messages"]
         audio = question["audios"][0] | {"description": row["seed_description"]}

@@ -53,12 +53,13 @@ def load(path, audio_root, text_only=False, cot=False, system=None, skip_missing
 
 def with_answer(row, text):
     """The row with `model_output`, what the model said, and `model_prediction`, what is scored:
-    after reasoning (cot) only its last answer.
+    after reasoning (cot) only its last answer, or where no answer is announced, the last line.
     """
     prediction = text.replace("The correct answer is: ", "").strip()
     if row.get("cot"):
-        last = re.split(r"(?i)the correct answer is:?", text)[-1]
-        prediction = last.strip().split("\n")[0] or prediction
+        *before, last = re.split(r"(?i)the correct answer is:?", text)
+        lines = last.strip().split("\n")
+        prediction = (lines[0] if before else lines[-1]).strip() or prediction
     said = {"model_output": text, "model_prediction": prediction}
     return common.without(row, "messages") | said
 
@@ -72,6 +73,7 @@ def read_predictions(path):
     rows = common.read_rows(path)
     for number, row in enumerate(rows, 1):
         require(row, ("id",), f"{path}, row {number}")
+        row["id"] = str(row["id"])  # as load() makes them
     return common.unique(rows)
 
 
@@ -97,7 +99,7 @@ def score(rows, judge=None, labels=None, key="model_prediction"):
     skipped, hashes = {}, {}
     if labels is not None:
         hashes["file"] = common.sha256(Path(labels).read_bytes())
-        rows, skipped = common.same_labels(rows, common.read_rows(labels), LABELS)
+        rows, skipped = common.same_labels(rows, read_predictions(labels), LABELS)
     skipped["no_prediction"] = sum(not isinstance(row.get(key), str) for row in rows)
     rows = [row for row in rows if isinstance(row.get(key), str)]
     skipped["no_answer"] = sum(not str(row.get("answer") or "").strip() for row in rows)

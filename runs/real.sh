@@ -87,7 +87,7 @@ train="" test=""
 while read -r name folder n_train n_test _; do
     [[ " $CORPORA_USED " = *" $name "* ]] || continue
     ln -sfn "$CORPORA/$folder" "$DATA/$folder"
-    if [ ! -f "$DATA/$name.report.json" ]; then
+    if [ ! -f "$DATA/$name.train.metadata.jsonl" ]; then
         step "$name" python corpora.py "$name" "$CORPORA/$folder" --audio_root "$CORPORA" \
             --out "$DATA/$name.metadata.jsonl"
     fi

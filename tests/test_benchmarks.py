@@ -426,6 +426,13 @@ def test_mmau_prompt_and_answer_forms(tmp_path):
         "A woman? No. The correct answer is: a dog. Hm.\nThe correct answer is: A man.\nBye",
     )
     assert cot["model_prediction"] == "A man."
+    reasoned = {"cot": True} | question(0)
+    for said, prediction in (
+        ("Not a woman: too low.\nSo it is a man.\nThe answer: A man\n", "The answer: A man"),
+        ("The correct answer is: ", ""),
+        ("A man", "A man"),
+    ):
+        assert mmau.with_answer(reasoned, said)["model_prediction"] == prediction, said
     mmau.dump([done], tmp_path / "out.json")
     assert (
         json.loads((tmp_path / "out.json").read_text())
@@ -1207,6 +1214,30 @@ class Asked:
 
     def row_losses(self, rows):
         return np.ones(len(rows)), np.full(len(rows), 3)
+
+
+def test_heldout_wrong_clip_is_another_clip_where_clips_have_several_rows(tmp_path):
+    audio = lambda name: {"role": "user", "content": "<|AUDIO|>", "audios": [{"audio": name}]}
+    row = lambda name, i: {
+        "id": name, "prompt": f"What? {i}", "response": "A dog.", "seed_description": "(A: Dog)",
+        "messages": [audio(name)],
+    }  # fmt: skip
+    label = lambda name: {"id": name, "domain": "sound", "segments": [{"attributes": {"A": "Dog"}}]}
+    write(tmp_path / "t.metadata.jsonl", [label(name) for name in "abc"], lines=True)
+    file = write(
+        tmp_path / "t.jsonl", [row(name, i) for name in "abc" for i in range(5)], lines=True
+    )
+    for one in heldout.load(file, tmp_path):
+        assert one["wrong_messages"][-1]["audios"][0]["audio"] != one["id"]
+
+
+def test_a_folder_of_predictions_is_read_without_what_stands_beside_them(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.scores.json", "a.jsonl.info.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    found = common.files_in(tmp_path, "*.json*")
+    assert [file.name for file in found] == ["a.jsonl", "b.json"]
+    with pytest.raises(FileNotFoundError, match="no \\*.txt"):
+        common.files_in(tmp_path, "*.txt")
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ def test_wrong_commands(tmp_path):
     for arguments, said in (
         (["sing"], "neither run nor tables"),
         (["run", "--claims", "7"], "some of 1 to 6"),
+        (["run", "--claims", "1,x"], "some of 1 to 6"),
     ):
         done = script("tools/experiments.py", *arguments)
         assert done.status == 1

@@ -55,6 +55,8 @@ def test_labels_take_turns():
     )
     assert join.take(rows, 1000) == rows
     assert join.take(rows, 0) == []
+    words_alone = [{"id": "a", "segments": [{"text": "Hello", "attributes": {}}]}]
+    assert join.take(words_alone, 1) == words_alone
 
 
 def joined(tmp_path, files):
@@ -85,6 +87,15 @@ def test_join_as_a_command(tmp_path):
     assert done.returncode != 0
     assert "nowhere.jsonl is missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_join_keeps_captions(tmp_path):
+    """The name of a bare caption is ''."""
+    row = {"id": "a.wav", "segments": [{"start": 0, "end": 1, "attributes": {"": "A dog barks."}}]}
+    (tmp_path / "clotho.jsonl").write_text(json.dumps(row) + "\n")
+    done, rows = joined(tmp_path, f"{tmp_path}/clotho.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert rows == [row]
 
 
 def test_join_leaves_attributes_out(tmp_path):

@@ -199,9 +199,7 @@ def draw_claim(lines, claim):
 
 
 def draw_taps(lines):
-    """For each trained run: how much each query takes of each tap, at the end; and the mean over
-    the queries at each evaluation.
-    """
+    """For each trained run: how much each query takes of each tap, at the end."""
     runs = {line["key"]: line["tap_weights"] for line in lines if line["tap_weights"]}
     runs = {key: found for key, found in runs.items() if len(next(iter(found.values()))[0]) > 1}
     ends = [weight for found in runs.values() for weight in np.ravel(found[max(found, key=int)])]

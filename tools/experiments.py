@@ -281,6 +281,7 @@ class Workplace:
             self.n_clips = dict(train=24, test=9)
             self.n_targets = self.pairs = 6
         self.locks, self.children, self.stopped = {}, set(), False
+        self.appending = threading.Lock()
 
     def once(self, path, make):
         """Make a file unless it is there; of two threads, the second waits. -> path"""
@@ -292,6 +293,8 @@ class Workplace:
 
     def call(self, log, script, **flags):
         """Run a script of the repository. ValueError with its last line where it fails."""
+        if self.stopped:  # while this run waited for another one's file
+            raise ValueError(f"{script} was not begun")
         given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
@@ -339,7 +342,7 @@ class Workplace:
         flags["instructions"], log = self.instructions(instructions), self.out / f"{name}.log"
         # heldout.py looks for labels beside the rows
         labels = self.data / f"{name}.metadata.jsonl"
-        self.once(labels, lambda path: shutil.copy(self.metadata(split), path))
+        self.once(labels, lambda path: write_text(path, self.metadata(split).read_text()))
         make = lambda path: self.call(log, "generate_data.py", out=path, **flags)
         return self.once(self.data / f"{name}.jsonl", make)
 
@@ -348,14 +351,13 @@ class Workplace:
             return self.rows(name, "train", **TARGETS[name])
         source, change = TARGETS[name]
         labels = self.data / f"{name}.metadata.jsonl"
-        self.once(labels, lambda path: shutil.copy(self.metadata("train"), path))
+        self.once(labels, lambda path: write_text(path, self.metadata("train").read_text()))
         changed = lambda: filter(None, map(change, read_rows(self.targets(source))))
         return self.once(self.data / f"{name}.jsonl", lambda path: write_jsonl(path, changed()))
 
     def held_out(self, llm, test):
         """The held-out clips, asked with the training pool's instructions or with new ones."""
-        which = "new" if test == "new" else "seen"
-        pool = {"new": "new", "seen": "pool"}[which]
+        which, pool = ("new", "new") if test == "new" else ("seen", "pool")
         return self.rows(f"{short(llm)}.{which}", "test", llm, pool)
 
     # training, tests
@@ -451,8 +453,9 @@ class Workplace:
         line |= dict(train=TRAIN | run.train | self.train, key=run.key, **made)
         line |= dict(seconds=round(time.time() - start), results=results)
         file = self.file(run.claim)
-        torn = file.exists() and not file.read_text().endswith("\n")  # by a kill
-        with open(file, "a") as lines:
+        with self.appending, open(file, "a+") as lines:
+            lines.seek(0)
+            torn = not ("\n" + lines.read()).endswith("\n")  # by a kill
             lines.write("\n" * torn + json.dumps(line, separators=(",", ":")) + "\n")
 
     def do_all(self, runs, minutes, at_once):
@@ -512,10 +515,10 @@ def script():
         return experiment_tables.write(place.results(), Path("docs/experiments.md"), Path("assets"))
     if s.what != "run":
         raise ValueError(f"{s.what!r} is neither run nor tables")
-    claims = [int(claim) for claim in s.claims.split(",") if claim.strip().isdigit()]
-    if not claims or set(claims) - set(ORDER):
+    claims = [claim.strip() for claim in s.claims.split(",")]
+    if set(claims) - set(map(str, ORDER)):
         raise ValueError(f"--claims {s.claims!r}: give some of 1 to 6, with commas")
-    runs = list(all_runs(claims))
+    runs = list(all_runs(dict.fromkeys(map(int, claims))))
     if s.quick:
         runs = [run for run in runs if run.claim == 1 and run.targets in ("self", "labels")]
         runs = [run for run in runs if run.llm == SMOLLM2 and run.seed == 0]

@@ -36,7 +36,7 @@ def take(rows, n):
     """At most n of the rows, labels (a clip's attributes) taking turns. -> rows in their old order"""
     order, by_label = {id(row): i for i, row in enumerate(rows)}, collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: zlib.crc32(row["id"].encode())):
-        first = next(iter(row["segments"][0]["attributes"].items()))
+        first = next(iter(row["segments"][0]["attributes"].items()), ("", ""))
         by_label[first].append(row)
     turns = itertools.zip_longest(*(by_label[label] for label in sorted(by_label)))
     taken = [row for turn in turns for row in turn if row][:n]
@@ -66,7 +66,7 @@ def main():
             raise ValueError(f"{file}: {twice[0]} is in an earlier file too")
         joined |= {row["id"]: row for row in rows}
         print(f"{file}: {len(rows)} clips")
-    without = {name.strip() for name in s.without.split(",")}
+    without = {name.strip() for name in s.without.split(",") if name.strip()}
     write_jsonl(s.out, leave_out(joined.values(), without))
     print(f"{s.out}: {len(joined)} clips")
 
