@@ -73,7 +73,7 @@ class Settings:
     # the run
     max_skipped: int = setting(10, "give up after so many steps without a finite loss", low=1)
     eval_every: int = setting(TRAIN["eval_every"], "steps between evaluations", low=1)
-    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all", low=1)
+    eval_rows: int = setting(48, "held-out rows per evaluation; -1 means all", low=-1)
     save_every: int = setting(TRAIN["save_every"], "steps between checkpoints", low=1)
     keep: int = setting(2, "checkpoints kept", low=1)
     shard_llm: int = setting(0, "1: the LLM shared out among the processes (FSDP2)", high=1)
@@ -193,6 +193,8 @@ def held_out_rows(s, model, rank, world):
     the next one's clip as "wrong_mels": all ranks read all rows, so that how many ranks there are
     makes no difference.
     """
+    if s.eval_rows == 0:
+        raise ValueError("--eval_rows 0: for no evaluation give --eval_data ''")
     rows = Rows(s.eval_data, model.reader, s)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [rows[i] for i in order[: s.eval_rows if s.eval_rows >= 0 else None]]
@@ -458,6 +460,7 @@ def main():
     skipped = run.Skipped(s.max_skipped, log, s.out)
     peak = run.peak_flops(device, model.llm.lm_head.weight.dtype) * world
 
+    step = first_step  # may be beyond the last: then nothing is left to do
     for step in range(first_step, last_step + 1):
         # evaluate, save
         ending = step == last_step or stop.asked(device)

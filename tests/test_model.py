@@ -455,7 +455,7 @@ def test_answers_depend_on_every_audio_and_turn(model, tiny_world):
 def test_missing_transcript_is_written_by_whisper(model, tiny_world):
     silent, spoken = copy.deepcopy(conversations()[1]), copy.deepcopy(conversations()[1])
     clips = [load_audio(tiny_world.data / f"clips/0{n}.wav") for n in (1, 2)]
-    texts = [model.whisper.transcribe([clip], seconds=3)[0] for clip in clips]
+    texts = [model.whisper.transcribe([clip], 8 * 3, seconds=3)[0] for clip in clips]
     for turn, text in zip((1, 3), texts):
         silent[turn]["audios"][0]["text"], spoken[turn]["audios"][0]["text"] = None, text
     assert texts[0] != texts[1]
