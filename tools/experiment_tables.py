@@ -50,6 +50,8 @@ COLUMNS = {
     4: [
         ("named", "seen", "right"),
         ("without transcript", "vectors", "vectors"),
+        ("speech", "seen", "right, speech"),
+        ("speech, without transcript", "vectors", "vectors, speech"),
         ("loss", "seen", "loss right"),
     ],
     5: [
@@ -149,6 +151,7 @@ def table(lines, claim):
 
 # -- pictures --------------------------------------------------------------------------------------
 
+TAPS_OF = "own, T 0.05"  # the arm of claim 1 whose tap weights are drawn
 COLORS = ("#1a7f5a", "#c2410c", "#4456b8")
 DRAWN = {
     1: ("named", "obeyed"),
@@ -199,22 +202,29 @@ def draw_claim(lines, claim):
 
 
 def draw_taps(lines):
-    """For each trained run: how much each query takes of each tap, at the end."""
-    runs = {line["key"]: line["tap_weights"] for line in lines if line["tap_weights"]}
-    runs = {key: found for key, found in runs.items() if len(next(iter(found.values()))[0]) > 1}
-    ends = [weight for found in runs.values() for weight in np.ravel(found[max(found, key=int)])]
-    low, high, columns = min(ends), max(ends), min(6, len(runs))
-    n = -(-len(runs) // columns)
-    size = dict(figsize=(2 * columns, 3 * n), layout="constrained")
-    figure, axes = plt.subplots(n, columns, squeeze=False, **size)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (key, found) in zip(axes.flat, runs.items()):
-        final = np.array(found[max(found, key=int)])  # (n_queries, n_taps)
-        order = np.argsort(final @ np.arange(final.shape[1]))
-        picture = axis.imshow(final[order], vmin=low, vmax=high, aspect="auto", cmap="viridis")
-        axis.set_title(key.replace("-", "\n"), fontsize=6)
-    figure.colorbar(picture, ax=axes, shrink=0.5, label="weight of a tap (first to last, across)")
+    """How much each query takes of each tap over the steps: a row for each seed of an arm, a
+    column for each tap. Queries are sorted by the last tap's final weight: each seed numbers its
+    own.
+    """
+    n = len(lines)
+    size = dict(figsize=(7.5, 1.5 * n + 0.7), layout="constrained", sharex=True, sharey=True)
+    runs = [{int(step): of_step for step, of_step in line["tap_weights"].items()} for line in lines]
+    weights = [np.array([found[step] for step in sorted(found)]) for found in runs]
+    span = max(abs(found - found[0]).max() for found in weights)  # steps, queries, taps
+    even = 1 / weights[0].shape[-1]
+    colors = dict(cmap="RdBu_r", vmin=even - span, vmax=even + span, aspect="auto")
+    figure, axes = plt.subplots(n, weights[0].shape[-1], squeeze=False, **size)
+    for row, line, found, steps in zip(axes, lines, weights, map(sorted, runs)):
+        order = np.argsort(found[-1, :, -1])
+        for tap, axis in enumerate(row):
+            picture = axis.imshow(found[:, order, tap].T, **colors)
+            axis.set(xticks=range(len(steps)), xticklabels=steps, yticks=[])
+            axis.tick_params(labelsize=7)
+        row[0].set_ylabel(f"seed {line['seed']}\nqueries", fontsize=8)
+    for tap, axis in enumerate(axes[0], 1):
+        axis.set_title(f"tap {tap}", fontsize=9)
+    figure.supxlabel("step", fontsize=8)
+    figure.colorbar(picture, ax=axes, label="weight").ax.tick_params(labelsize=7)
     return figure
 
 
@@ -237,6 +247,6 @@ def write(lines, page, assets):
         if arms(lines, claim):
             file = assets / f"experiments.claim{claim}.svg"
             draw_claim(lines, claim).savefig(file, metadata=undated)
-    if any(line["tap_weights"] for line in lines):
-        draw_taps(lines).savefig(assets / "experiments.taps.svg", metadata=undated)
+    if own := arms(lines, 1).get(TAPS_OF):
+        draw_taps(own).savefig(assets / "experiments.taps.svg", metadata=undated)
     print(f"{page}: {len(lines)} runs")
