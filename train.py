@@ -433,6 +433,9 @@ def main():
     data = Rows(s.data, model.reader, s)
     model.config.context = data.context()
     last_step = n_steps(s, len(data))
+    if rank == 0 and 0 < last_step < 2 * s.warmup:
+        most = f"--warmup {s.warmup} takes most of the {last_step} steps"
+        run.warn(f"{most}: the rate hardly reaches --lr; a twentieth is usual")
     held_out = held_out_rows(s, model, rank, world) if s.eval_data else []
     weights = list(model.trained().values())
     n_trained = sum(weight.numel() for weight in weights)

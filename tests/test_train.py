@@ -551,6 +551,7 @@ def test_rows_without_audio_among_rows_with_it(tiny_world, tmp_path):
     )
     assert done.status == 0
     assert "left out" not in done.out + done.err
+    assert "--warmup 2 takes most of the 2 steps" in done.err
     assert [record["step"] for record in steps(tmp_path / "out")] == [1, 2]
 
 

@@ -64,6 +64,7 @@ COLUMNS = {
         ("by chance", "mmau", "chance"),
     ],
     6: [
+        ("named", "seen", "right"),
         ("named, new instructions", "new", "right"),
         ("obeyed", "obey", "sound"),
         ("Δ to the description", "obey", "delta"),
