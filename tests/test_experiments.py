@@ -34,14 +34,8 @@ def test_runs_are_those_of_the_claims():
     assert [claim for claim in dict.fromkeys(run.claim for run in runs)] == [1, 2, 6, 3, 4, 5]
     assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"}
     assert targets(1, ex.QWEN) == {"self", "qwen"}
-    assert seeds(1, ex.SMOLLM2) == seeds(2, ex.SMOLLM2) == seeds(6, ex.SMOLLM2) == {0, 1, 2}
-    assert (
-        seeds(1, ex.QWEN)
-        == seeds(3, ex.SMOLLM2)
-        == seeds(4, ex.SMOLLM2)
-        == seeds(5, ex.QWEN)
-        == {0, 1}
-    )
+    assert all(seeds(claim, ex.SMOLLM2) == {0, 1, 2} for claim in (1, 2, 6, 3, 4))
+    assert all(seeds(claim, ex.QWEN) == {0, 1} for claim in (1, 5))
     assert len(arms(2)) == 6
     assert targets(2, ex.SMOLLM2) == {"self", "labels"}
     assert {run.train.get("lora_rank", 0) for run in runs if run.claim == 2} == {0, 16}
@@ -224,7 +218,7 @@ def test_quick(tmp_path, monkeypatch, smollm2_folder, tiny_en_folder):
     done = script("tools/experiments.py", "run", "--quick", "1", "--clips", "clips")
     assert done.status == 0, done.err
     lines = read_jsonl(tmp_path / "out/experiments.quick/claim1.jsonl")
-    assert sorted(line["name"] for line in lines) == ["label templates", "own, T 0.05"]
+    assert sorted(line["name"] for line in lines) == ["SmolLM2: label templates", "SmolLM2: own"]
     for line in lines:
         assert set(line["results"]) == set(ex.STANDARD)
         assert line["tap_weights"]
@@ -268,7 +262,9 @@ def test_naming():
     assert found["right, sound"] == [1]
     assert found["right, music"] == [0]
     assert found["right, speech"] == []
-    assert found["chance"] == [0.5, 1], "the answer to the next clip of the domain"
+    assert found["chance"] == [0.5, 1], "the answers to the other clips of the domain"
+    more = [*rows, predicted("sound", {"Sound": "rain", "Volume": "quiet"}, "rain", "")]
+    assert ex.naming(more)["chance"] == [0.5, 0.25, 1], "their mean"
     assert found["loss right"] == 2
     rows = [row | {"loss": {"description": 4 * math.log(3)}} for row in rows]
     assert ex.target_figures(rows) == {
@@ -280,8 +276,13 @@ def test_naming():
 
 def test_obeyed_and_chosen():
     rule = {"kind": "x", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
-    rows = [rule | {"answers": {"description": "yes", "sound": said}} for said in ("no", "NO", "")]
-    assert ex.obeyed(rows) == {"description": [1, 1, 1], "sound": [1, 0, 0], "delta": [0, -1, -1]}
+    rows = [
+        rule | {"instruction": asked, "answers": {"description": "yes", "sound": said}}
+        for asked, said in [("in small letters", "no"), ("small", "NO"), ("in small letters", "")]
+    ]
+    found = ex.obeyed(rows)
+    assert found.pop("unasked") == [0, 0], "one kind alone"
+    assert found == {"description": [1, 1], "sound": [0.5, 0], "delta": [-0.5, -1]}
     rows = [
         {"choices": ["low", "high"], "answer": "low", "model_prediction": said}
         for said in ("It is low.", "high", "neither")
@@ -305,11 +306,11 @@ def line(name, seed, right, llm=ex.SMOLLM2, claim=1):
 
 
 def test_tables_and_figures(tmp_path):
-    lines = [line("by Qwen", seed, [0.25, 0.5, 0, 0.25] * 10) for seed in range(2)]
-    lines += [line("own, T 0.05", seed, [0.75, 1, 0.5, 0.75] * 10) for seed in range(3)]
-    lines.append(line("by Qwen", 2, [1, 1, 1, 1] * 10) | {"key": "of other settings"})
+    lines = [line("SmolLM2: by Qwen", seed, [0.25, 0.5, 0, 0.25] * 10) for seed in range(2)]
+    lines += [line("SmolLM2: own", seed, [0.75, 1, 0.5, 0.75] * 10) for seed in range(3)]
+    lines.append(line("SmolLM2: by Qwen", 2, [1, 1, 1, 1] * 10) | {"key": "of other settings"})
     lines += [
-        line("own, T 1", 0, [0.75, 1, 0.75, 0.5] * 10),
+        line("SmolLM2: own, T 1", 0, [0.75, 1, 0.75, 0.5] * 10),
         line("Qwen: own", 0, [1, 0, 0, 1] * 10, llm=ex.QWEN),
     ]
     page = tmp_path / "experiments.md"
@@ -323,9 +324,9 @@ def test_tables_and_figures(tmp_path):
     assert all(f"text {claim}\n" in text for claim in ex.ORDER)
     rows = [row.split(" | ") for row in text.split("<!-- table 1 -->\n")[1].split("\n")[:6]]
     assert [row[0] for row in rows[2:]] == [
-        "| own, T 0.05",
-        "| by Qwen",
-        "| own, T 1",
+        "| SmolLM2: own",
+        "| SmolLM2: by Qwen",
+        "| SmolLM2: own, T 1",
         "| Qwen: own",
     ], "the order of the runs' table"
     named = [row[2] for row in rows[2:]]

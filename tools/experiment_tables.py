@@ -4,9 +4,9 @@ experiment_tables.py: from the lines of experiments.py to tables in docs/experim
 `python tools/experiments.py tables` calls it. Between `<!-- table N -->` and `<!-- end -->` of the
 page stands what this file writes; all else is written by hand.
 
-Intervals are 95 %, by bootstrap over clips (the same ones in all arms, so differences are paired)
-and over seeds. Two or three seeds say little about the spread between seeds: a tick in the figure
-marks each of them.
+Intervals are 95 %, by bootstrap over clips, or instructions (the same ones in all arms, so
+differences are paired), and over seeds. Two or three seeds say little about the spread between
+seeds: a tick in the figure marks each of them.
 """
 
 import re
@@ -28,6 +28,7 @@ COLUMNS = {
         ("named by chance", "seen", "chance"),
         ("the text answer names", "seen", "text"),
         ("the text answer obeys", "obey", "description"),
+        ("obeyed by chance", "obey", "unasked"),
     ],
     2: [
         ("named", "seen", "right"),
@@ -64,7 +65,6 @@ COLUMNS = {
         ("by chance", "mmau", "chance"),
     ],
     6: [
-        ("named", "seen", "right"),
         ("named, new instructions", "new", "right"),
         ("obeyed", "obey", "sound"),
         ("Δ to the description", "obey", "delta"),
@@ -92,18 +92,20 @@ def arms(lines, claim):
 
 
 def figure_of(lines, test, figure):
-    """One row for each seed: a number, or one for each clip. None if a line lacks it."""
+    """One row for each seed: a number, or one for each clip or instruction. None if a line lacks
+    it.
+    """
     found = [line["results"].get(test, {}).get(figure) for line in lines]
     return None if None in found else np.array(found, float).reshape(len(lines), -1)
 
 
-def draws(values, name, n=4000):
+def draws(values, arm, n=4000):
     """Bootstrap means of values (seeds, clips). -> (n,)
 
     The clips that are drawn depend on their number alone: they are the same in all arms.
     """
     S, C = values.shape
-    seeds = np.random.default_rng(zlib.crc32(name.encode())).multinomial(S, np.full(S, 1 / S), n)
+    seeds = np.random.default_rng(zlib.crc32(arm.encode())).multinomial(S, np.full(S, 1 / S), n)
     clips = np.random.default_rng(C).multinomial(C, np.full(C, 1 / C), n)
     return ((seeds @ values) * clips).sum(1) / (S * C)  # (n, C) summed over the clips
 
@@ -112,21 +114,26 @@ def interval(drawn):
     return tuple(np.percentile(drawn, [2.5, 97.5]))
 
 
-def cell(values, name, base=None, base_name=""):
+def cell(values, arm, base=None, base_arm=""):
     """ "0.41 (0.35 to 0.47)"; below it the difference to the arm that it is compared with, or
-    "none" where its interval holds zero.
+    "none" where its interval holds zero. One number a run has no interval: seeds alone are too few.
     """
-    drawn = draws(values, name)
+    drawn = draws(values, arm)
     low, high = interval(drawn)
-    spread = bool(high > low)
+    spread = bool(high > low) and values.shape[1] > 1
     text = f"{values.mean():.3f}" + f" ({low:.3f} to {high:.3f})" * spread
     if base is None or base.shape[1] != values.shape[1] or not spread:
         return text
-    low, high = interval(drawn - draws(base, base_name))
+    low, high = interval(drawn - draws(base, base_arm))
     if low == high == 0:  # the same answers: those of a frozen LLM to the description
         return text
     difference = f"{values.mean() - base.mean():+.3f}" if low * high > 0 else "none"
     return f"{text}<br>{difference} ({low:+.3f} to {high:+.3f})"
+
+
+def arm_of(lines):
+    """What is trained, whatever a claim calls it: the same arm gets the same interval everywhere."""
+    return lines[0]["key"].rsplit("-seed_", 1)[0]
 
 
 def compared_with(lines, found):
@@ -142,17 +149,18 @@ def table(lines, claim):
     rows.append(["---"] * len(rows[0]))
     for name, of_name in found.items():
         first, cells = compared_with(of_name, found), []
+        arm, base_arm = arm_of(of_name), arm_of(found[first])
         for _, test, figure in COLUMNS[claim]:
             values = figure_of(of_name, test, figure)
             base = None if name == first else figure_of(found[first], test, figure)
-            cells.append("-" if values is None else cell(values, name, base, first))
+            cells.append("-" if values is None else cell(values, arm, base, base_arm))
         rows.append([name, str(len(of_name)), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # -- pictures --------------------------------------------------------------------------------------
 
-TAPS_OF = "own, T 0.05"  # the arm of claim 1 whose tap weights are drawn
+TAPS_OF = "SmolLM2: own"  # the arm of claim 1 whose tap weights are drawn
 COLORS = ("#1a7f5a", "#c2410c", "#4456b8")
 DRAWN = {
     1: ("named", "obeyed"),
@@ -182,11 +190,11 @@ def draw_claim(lines, claim):
     figure, axis = plt.subplots(**size)
     drawn = [column for column in COLUMNS[claim] if column[0] in DRAWN[claim]]
     for k, (heading, test, what) in enumerate(drawn):
-        for y, (name, of_name) in enumerate(found.items()):
+        for y, of_name in enumerate(found.values()):
             values = figure_of(of_name, test, what)
             if values is None:
                 continue
-            low, high = interval(draws(values, name))
+            low, high = interval(draws(values, arm_of(of_name)))
             style = dict(color=COLORS[k], label=heading if y == 0 else None)
             place = y + 0.25 * (k - (len(drawn) - 1) / 2)
             axis.plot([low, high], [place] * 2, color=COLORS[k], linewidth=1)

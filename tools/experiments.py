@@ -88,10 +88,10 @@ FORGETTING, CHOICE = ("seen", "obey", "text"), ("mmau", "cot", "mmau_text", "cot
 # claim, seeds, name, LLM, targets, flags of train.py, tests. The first of a claim and an LLM is
 # what the others are compared with. What several claims share is trained and tested once.
 RUNS = [
-    (1, 3, "own, T 0.05", SMOLLM2, "self", {}, STANDARD),
-    (1, 3, "by Qwen", SMOLLM2, "qwen", {}, STANDARD),
-    (1, 3, "label templates", SMOLLM2, "labels", {}, STANDARD),
-    (1, 3, "own, T 1", SMOLLM2, "self_t1", {}, STANDARD),
+    (1, 3, "SmolLM2: own", SMOLLM2, "self", {}, STANDARD),
+    (1, 3, "SmolLM2: by Qwen", SMOLLM2, "qwen", {}, STANDARD),
+    (1, 3, "SmolLM2: label templates", SMOLLM2, "labels", {}, STANDARD),
+    (1, 3, "SmolLM2: own, T 1", SMOLLM2, "self_t1", {}, STANDARD),
     (1, 2, "Qwen: own", QWEN, "qwen", FEWER, STANDARD),
     (1, 2, "Qwen: by SmolLM2", QWEN, "self", FEWER, STANDARD),
     (2, 3, "adapter, own", SMOLLM2, "self", {}, FORGETTING),
@@ -148,8 +148,9 @@ def all_runs(claims=ORDER):
 
 
 # -- what predictions say --------------------------------------------------------------------------
-# A figure is a number, or a list with one for each clip, the same clips in the same order in every
-# run: what is listed depends on labels and instructions alone.
+# A figure is a number, or a list with one for each clip (of instructions obeyed: for each
+# instruction), the same in the same order in every run: what is listed depends on labels and
+# instructions alone.
 
 
 def is_new(name, value):
@@ -176,15 +177,20 @@ def named(rows, way, wanted):
     return shares
 
 
-def next_answers(rows):
-    """Each clip with the answer to the next one of its domain: what is named by chance."""
-    found = []
+def by_chance(rows, wanted):
+    """For each clip, how much of it the answers to the other clips of its domain name."""
+    shares = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         mine = [row for row in rows if row["domain"] == domain]
         answers = [row["answers"] for row in mine]
-        shifted = answers[1:] + answers[:1]
-        found += [row | {"answers": other} for row, other in zip(mine, shifted)]
-    return found
+        found = []
+        for k in range(1, len(mine)):
+            others = zip(mine, answers[k:] + answers[:k])
+            found.append(
+                named([row | {"answers": other} for row, other in others], "right", wanted)
+            )
+        shares += [round(sum(of_clip) / len(of_clip), 3) for of_clip in zip(*found)]
+    return shares
 
 
 def naming(rows):
@@ -198,7 +204,7 @@ def naming(rows):
             mine = [row for row in rows if row["domain"] == domain]
             figures[f"{way}, {domain}"] = named(mine, way, seen)
     if "right" in figures:
-        figures["chance"] = named(next_answers(rows), "right", seen)
+        figures["chance"] = by_chance(rows, seen)
     tokens = sum(row["target_tokens"] for row in rows)
     for way in rows[0]["loss"]:
         figures[f"loss {way}"] = sum(row["loss"][way] for row in rows) / tokens
@@ -214,17 +220,28 @@ def target_figures(rows):
 
 
 def obeyed(rows):
+    """For each instruction, the share of its clips with which it is obeyed: 180 pairs are 60
+    instructions, and an interval has to say something about others.
+    """
     figures = {}
     for way in rows[0]["answers"]:
         verdicts = [obey.obeys(row, row["answers"][way]) for row in rows]
         if None in verdicts:
             needed = "pip install -r benchmarks/requirements.txt"
             raise ValueError(f"rules about languages need langdetect: {needed}")
-        figures[way] = [int(verdict) for verdict in verdicts]
+        figures[way] = of_each_instruction(rows, verdicts)
     if "sound" in figures:
+        figures["unasked"] = of_each_instruction(rows, obey.unasked(rows, "sound"))
         pairs = zip(figures["sound"], figures["description"])
-        figures["delta"] = [sound - description for sound, description in pairs]
+        figures["delta"] = [round(sound - description, 3) for sound, description in pairs]
     return figures
+
+
+def of_each_instruction(rows, values):
+    found = {}
+    for row, value in zip(rows, values):
+        found.setdefault(row["instruction"], []).append(value)
+    return [round(mean(of_one), 3) for of_one in found.values()]
 
 
 def chosen(rows):
