@@ -27,15 +27,13 @@ def test_runs_are_those_of_the_claims():
     arms = lambda claim: {
         (run.llm, run.targets, *sorted(run.train.items())): 0 for run in runs if run.claim == claim
     }
-    seeds = lambda claim, llm: {run.seed for run in runs if run.claim == claim and run.llm == llm}
     targets = lambda claim, llm: {
         run.targets for run in runs if run.claim == claim and run.llm == llm
     }
     assert [claim for claim in dict.fromkeys(run.claim for run in runs)] == [1, 2, 6, 3, 4, 5]
     assert targets(1, ex.SMOLLM2) == {"self", "qwen", "labels", "self_t1"}
     assert targets(1, ex.QWEN) == {"self", "qwen"}
-    assert all(seeds(claim, ex.SMOLLM2) == {0, 1, 2} for claim in (1, 2, 6, 3, 4))
-    assert all(seeds(claim, ex.QWEN) == {0, 1} for claim in (1, 5))
+    assert len(runs) == 3 * len(ex.RUNS), "three seeds"
     assert len(arms(2)) == 6
     assert targets(2, ex.SMOLLM2) == {"self", "labels"}
     assert {run.train.get("lora_rank", 0) for run in runs if run.claim == 2} == {0, 16}
