@@ -142,9 +142,10 @@ def save(out, model, optimizer, step, record, keep):
         state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     save_tensors(temporary / "trainer.safetensors", state)
     write_record(temporary / "trainer.json", {"step": step} | record)
+    # Before the checkpoint counts: who finds the last step's has nothing left to do.
+    model.save_adapter(Path(out) / "adapter")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    model.save_adapter(Path(out) / "adapter")
     drop_old(out, keep)
 
 

@@ -715,6 +715,8 @@ def test_every_flag_at_its_limits(world, tmp_path):
         begin = time.time()
         if flag == "out":
             out = settings.pop("out") and tmp_path / str(n) / value
+        if flag == "export" and value:
+            settings["export"] = tmp_path / str(n) / value
         done = script(*SCRIPTS[name][1](world, out, **settings))
         assert time.time() - begin < 60, (name, flag, value)
         if done.status != 0:
