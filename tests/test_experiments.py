@@ -369,6 +369,16 @@ def test_intervals_cover_clips_and_seeds():
     same = values[:1].repeat(3, 0)  # what a frozen LLM answers to the description
     assert "<br>" in tables.cell(values, "a", same, "b")
     assert "<br>" not in tables.cell(same, "a", same, "b"), "no difference to tell of"
+    assert tables.cell(np.array([[0.6], [0.7]]), "a") == "0.650", "two numbers have no interval"
+
+
+def test_an_arm_has_the_same_interval_in_every_claim():
+    lines = [
+        [line(name, seed, [0, 1, 1, seed] * 10, claim=claim) for seed in range(3)]
+        for claim, name in [(1, "SmolLM2: own"), (2, "adapter, own"), (6, "pool")]
+    ]
+    values = tables.figure_of(lines[0], "seen", "right")
+    assert len({tables.cell(values, tables.arm_of(of_claim)) for of_claim in lines}) == 1
 
 
 # -- what train.py and generate_data.py got for it -------------------------------------------------
